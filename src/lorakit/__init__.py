@@ -1,0 +1,30 @@
+"""lorakit: the whole LoRA family in one place, composable, from plan to server.
+
+>>> import torch, lorakit
+>>> model = lorakit.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), "dora", r=2, target_modules="0")
+>>> lorakit.trainable(model)[0]
+40
+"""
+
+from lorakit.api import (
+    activate,
+    active,
+    adapt,
+    adapters,
+    delete,
+    detach,
+    disabled,
+    freeze,
+    load,
+    merge,
+    merged,
+    rows,
+    save,
+    trainable,
+    unmerge,
+)
+from lorakit.errors import LorakitError
+
+__version__ = "0.1.0"
+__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "delete", "detach", "disabled", "freeze", "load", "merge", "merged",
+           "rows", "save", "trainable", "unmerge"]

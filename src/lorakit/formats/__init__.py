@@ -1,0 +1,1 @@
+"""Adapters on disk: atomic folders, the PEFT folder and our own, receipts."""

@@ -1,0 +1,125 @@
+"""Writing a set of files so that a reader finds all of the old ones or all of the new ones, whenever the writer is killed.
+
+Every file is first written under a temporary name and flushed. Then a journal lists the renames to come; once the journal
+is there the write has happened, and whoever opens the folder next finishes the renames. Before that, nothing has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorakit.errors import LorakitError
+
+JOURNAL = ".lorakit-commit.json"
+PREFIX = ".lorakit-tmp-"
+
+
+class FolderWrite:
+    """Handed out by `writing`: `path(name)` is where to write the file that will be called `name`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.names = folder, []
+
+    def path(self, name: str) -> Path:
+        self.names.append(name)
+        return self.folder / f"{PREFIX}{name}"
+
+    def text(self, name: str, text: str) -> None:
+        self.path(name).write_text(text, encoding="utf-8")
+
+    def json(self, name: str, data: object) -> None:
+        self.text(name, json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def recover(folder: Path) -> None:
+    """Finishes a write that was cut off between its journal and its last rename."""
+    journal = folder / JOURNAL
+    if not journal.is_file():
+        return
+    for name in json.loads(journal.read_text(encoding="utf-8")):
+        temporary = folder / f"{PREFIX}{name}"
+        if temporary.exists():
+            os.replace(temporary, folder / name)
+    journal.unlink()
+
+
+def _clean(folder: Path) -> None:
+    if not (folder / JOURNAL).exists():
+        for left in folder.glob(f"{PREFIX}*"):
+            left.unlink()
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[FolderWrite]:
+    """All or nothing: files written through the handle appear together when the block ends without an error.
+
+    Raises LorakitError, naming the folder and the free space, when the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        recover(folder)
+        _clean(folder)
+        out = FolderWrite(folder)
+        yield out
+        for name in out.names:
+            _flush(folder / f"{PREFIX}{name}")
+        ready = folder / f"{PREFIX}journal"
+        ready.write_text(json.dumps(out.names), encoding="utf-8")
+        _flush(ready)
+        os.replace(ready, folder / JOURNAL)
+        recover(folder)
+        _flush(folder)
+    except BaseException as e:
+        _clean(folder)
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        if isinstance(e, OSError) or "No space left" in str(e):
+            raise LorakitError(f"could not write {folder}: {e} ({_free(folder)}); nothing that was there before is changed") from e
+        raise
+
+
+def _free(folder: Path) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. LorakitError naming the file and the place where it breaks."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LorakitError(f"{path.parent}: there is no {path.name}{_beside(path)}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise LorakitError(f"{path} is not valid JSON (truncated?): {e}") from None
+    if not isinstance(data, dict):
+        raise LorakitError(f"{path} should hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def _beside(path: Path) -> str:
+    if not path.parent.is_dir():
+        return " because that folder does not exist"
+    there = sorted(p.name for p in path.parent.iterdir())[:8]
+    return f"; the folder holds {', '.join(there) or 'nothing'}"

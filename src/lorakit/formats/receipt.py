@@ -1,0 +1,151 @@
+"""Evidence: fingerprints of the base, the size of every update, logits on fixed probe inputs. What `verify` recomputes.
+
+A fingerprint has two digests per tensor. `exact`: sha256 of its bytes. `values`: of up to 65,536 evenly spaced elements
+rounded to bfloat16, which stays the same when a checkpoint is loaded in float32, bfloat16 or float16 kept in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.host import Host, Leaves, slots, state_of
+
+SAMPLE = 65_536
+PROBE_ROWS, PROBE_LENGTH, PROBE_KEEP = 3, 12, 8
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own parameters and saved buffers, tied ones once, without what an adapter replaces whole."""
+    mine = {id(p) for m in model.modules() if isinstance(m, Leaves) for p in m._parameters.values()}
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        slot = module.slot if isinstance(module, Host) else None
+        if slot and any(m.replaces for m in slot.methods.values()):
+            continue
+        names = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
+        for k, t in names.items():
+            if slot and slot.absorbed and k == "weight":
+                t = slot.absorbed.kept
+            if isinstance(t, Tensor) and id(t) not in mine and id(t) not in seen:
+                seen.add(id(t))
+                out[f"{path}.{k}" if path else k] = t
+    return out
+
+
+def _digests(t: Tensor) -> dict[str, Any]:
+    t = t.detach().to("cpu").contiguous()
+    flat = t.reshape(-1)
+    step = max(1, -(-flat.numel() // SAMPLE))
+    few = flat[::step].to(torch.bfloat16) if t.is_floating_point() else flat[::step]
+    return {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "exact": _sha(flat), "values": _sha(few)}
+
+
+def _sha(t: Tensor) -> str:
+    return hashlib.sha256(t.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16] if t.numel() else "empty"
+
+
+def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Name -> digests of every base tensor. LorakitError while adapters are merged into it, for then it is not the base."""
+    if any(isinstance(m, Host) for m in model.modules()) and state_of(model).merged is not None:
+        raise LorakitError("the base cannot be fingerprinted while adapters are merged into it; mend: lorakit.unmerge(model)")
+    tensors = {n: t for n, t in base_tensors(model).items() if t.device.type != "meta"}
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # hashing releases the interpreter lock
+        return dict(zip(tensors, pool.map(_digests, tensors.values()), strict=True))
+
+
+def compare_bases(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What differs between two fingerprints, one line each, most telling first; [] when it is the same base."""
+    out = [f"{n}: not in this base" for n in was if n not in now] + [f"{n}: only in this base" for n in now if n not in was]
+    for n in was:
+        if n in now and list(was[n]["shape"]) != list(now[n]["shape"]):
+            out.append(f"{n}: shape {was[n]['shape']} when saved, {now[n]['shape']} here")
+        elif n in now and was[n]["exact"] != now[n]["exact"] and was[n]["values"] != now[n]["values"]:
+            out.append(f"{n}: values differ ({was[n]['values']} when saved, {now[n]['values']} here)")
+    return out
+
+
+def digest(prints: Mapping[str, Mapping[str, Any]]) -> str:
+    """One word for a whole fingerprint."""
+    text = "\n".join(f"{n} {p['shape']} {p['values']}" for n, p in sorted(prints.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def modules_table(model: nn.Module, name: str) -> dict[str, dict[str, Any]]:
+    """Path -> |dW|, |W|, rank bound, trainable count of one adapter; |dW| of a product comes from its factors."""
+    out = {}
+    for path, slot in slots(model, name).items():
+        method, p = slot.methods[name], slot.params(name)
+        base = slot.map({})
+        two = method.two(p)
+        if two is None:
+            W = base.weight()
+            delta = float((method.weight(p, W) - W).double().norm())
+        else:
+            B, A = (t.double() for t in two)
+            delta = float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())
+        row = {"method": method.name, "delta_norm": delta, "base_norm": float(base.row_sq().double().sum().sqrt()),
+               "trainable": sum(t.numel() for t in p.values() if t.requires_grad), "parameters": sum(t.numel() for t in p.values())}
+        out[path] = row | ({"rank": two[1].shape[0]} if two is not None else {})
+    return out
+
+
+def probe_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+    """Fixed token ids that any model with a vocabulary can read; None where we cannot know what to feed it."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    vocab = getattr(text, "vocab_size", None)
+    if not isinstance(vocab, int) or vocab < 2 or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    n = torch.arange(PROBE_ROWS * PROBE_LENGTH, dtype=torch.int64)
+    ids = ((n * 2_654_435_761 + 12_345) % (2**31) % vocab).view(PROBE_ROWS, PROBE_LENGTH)
+    feed = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return feed | ({"decoder_input_ids": ids[:, :4]} if getattr(config, "is_encoder_decoder", False) else {})
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> Tensor | None:
+    """Logits on the probe inputs, (rows, ...), float32 on the CPU; None where there is no probe for this model."""
+    feed = probe_inputs(model)
+    if feed is None:
+        return None
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    was = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        out = model(**{k: v.to(device) for k, v in feed.items()})
+    finally:
+        for m, flag in was.items():
+            m.training = flag
+    logits = getattr(out, "logits", None)
+    logits = getattr(out, "last_hidden_state", None) if logits is None else logits
+    return None if logits is None else logits.detach().float().cpu()
+
+
+def probe_record(logits: Tensor, base: Tensor) -> dict[str, Any]:
+    """What a receipt keeps of the probe: a digest, a few logits, and how far the adapter moves them from the base's."""
+    flat = logits.reshape(-1)
+    at = torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long()
+    return {"sha256": _sha(flat), "shape": list(logits.shape), "at": at.tolist(), "logits": flat[at].tolist(), "norm": float(flat.double().norm()),
+            "moved": float((logits - base).abs().max()), "base_logits": base.reshape(-1)[at].tolist()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides numbers."""
+    out = {"python": platform.python_version()}
+    for package in ("lorakit", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out

@@ -1,0 +1,168 @@
+"""A linear map seen two ways: as an action on activations and as a matrix. Everything else is a function between them.
+
+Symbols used in the whole code base: o outputs, i inputs, r rank, b batch; W (o, i), A (r, i), B (o, r).
+A map leaves out the bias unless its base was given one; `weight()` is at least float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lorakit.method import Method
+    from lorakit.sites import Site
+
+
+class Map(ABC):
+    """One linear map, two views that must agree: `op(x, m.weight()) == m(x)`."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def weight(self) -> Tensor:  # (o, i), at least float32
+        ...
+
+    def row_sq(self) -> Tensor:  # (o,): the squared norm of every row
+        return self.weight().square().sum(1)
+
+
+@dataclass(frozen=True)
+class Base(Map):
+    """The frozen layer itself. With `bias` its kernel adds it, which is free; without, the caller does."""
+
+    site: Site
+    bias: Tensor | None = None
+
+    def __call__(self, x):
+        return self.site.store.linear(self.site, x, self.bias)
+
+    def weight(self):
+        W = self.site.view(self.site.store.read())
+        return W.to(torch.promote_types(W.dtype, torch.float32))
+
+    def row_sq(self):
+        return self.site.row_sq(self.weight)
+
+
+@dataclass
+class Once(Map):
+    """Runs the inner map once per input, however many adapters ask for it."""
+
+    inner: Map
+    x: Tensor | None = None
+    y: Tensor | None = None
+
+    def __call__(self, x):
+        if x is not self.x:
+            self.x, self.y = x, self.inner(x)
+        return self.y
+
+    def weight(self):
+        return self.inner.weight()
+
+    def row_sq(self):
+        return self.inner.row_sq()
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Applied(Map):
+    """One method with its parameters around an inner map; `gain` g gives inner + g (applied - inner)."""
+
+    method: Method
+    p: dict[str, Tensor]
+    inner: Map
+    site: Site
+    drop: Callable[[Tensor], Tensor] = same
+    gain: float = 1.0
+
+    def __call__(self, x):
+        if self.gain == 1.0:
+            return self.method.act(self.p, x, self.inner, self.site, self.drop)
+        return self.inner(x) + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """What this adapter adds to the inner map's output."""
+        u = self.method.update(self.p, x, self.inner, self.site, self.drop)
+        return u if self.gain == 1.0 else u * self.gain
+
+    def weight(self):
+        W = self.inner.weight()
+        V = self.method.weight(self.p, W)
+        return V if self.gain == 1.0 else W + (V - W) * self.gain
+
+
+# Live combinations: several maps over one base are a map again.
+
+
+@dataclass(frozen=True)
+class Sum(Map):
+    """base + sum of what each adapter adds to it."""
+
+    base: Map
+    maps: Sequence[Applied]
+
+    def __call__(self, x):
+        y = self.base(x)
+        for m in self.maps:
+            y = y + m.update(x)
+        return y
+
+    def weight(self):
+        W = self.base.weight()
+        return W + sum(m.weight() - W for m in self.maps)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A map and the bias that is added after it; not a linear map any more, so it is only called."""
+
+    map: Map
+    site: Site
+    bias: Tensor | None
+
+    def __call__(self, x):
+        return self.site.add_bias(self.map(x), self.bias)
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """Mixed batch: row b of the batch goes through calls[index[b]]; -1 means the base."""
+
+    base: Callable[[Tensor], Tensor]
+    calls: Sequence[Callable[[Tensor], Tensor]]
+    index: Tensor  # (b,), on the CPU
+
+    def __call__(self, x):
+        if len(x) != len(self.index):
+            raise ValueError(f"a mixed batch of {len(self.index)} rows got an input whose first dimension is {len(x)}")
+        y = None
+        for i in self.index.unique().tolist():
+            rows = (self.index == i).nonzero().squeeze(1).to(x.device)
+            part = (self.base if i < 0 else self.calls[i])(x[rows])
+            y = part.new_zeros(len(x), *part.shape[1:]) if y is None else y
+            y = y.index_copy(0, rows, part)
+        return y
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Mixture of adapters: gate(x) gives one weight per token and adapter, (..., n)."""
+
+    base: Map
+    maps: Sequence[Applied]
+    gate: Callable[[Tensor], Tensor]
+
+    def __call__(self, x):
+        y, g = self.base(x), self.gate(x)
+        return y + sum(g[..., n, None] * m.update(x) for n, m in enumerate(self.maps))

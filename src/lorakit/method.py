@@ -1,0 +1,331 @@
+"""The contract of a method (how one linear map becomes another), its partial implementations, and the registry.
+
+A method holds hyper-parameters (frozen fields) and declares a table of leaves; the tensors come in as a dict `p`.
+`weight` is the definition; `act` is a faster way to the same thing, and the conformance suite checks that they agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import LorakitError, near
+from lorakit.kernels.norms import row_norm_of_sum
+from lorakit.maps import Map
+
+Params = dict[str, Tensor]
+Thunk = Callable[[], Tensor]
+METHODS: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a leaf may start from: the base weight W (o, i), read only when called, and the layer's bias."""
+
+    W: Thunk
+    bias: Tensor | None = None
+    lookup: bool = False  # the layer looks rows up (an embedding)
+
+    def __call__(self) -> Tensor:
+        return self.W()
+
+
+# How a leaf starts: (shape, method, origin, generator) -> tensor, on the CPU in float32.
+Start = Callable[[list[int], "Method", Origin, torch.Generator], Tensor]
+
+
+def zeros(shape, method, origin, gen):
+    return torch.zeros(shape)
+
+
+def ones(shape, method, origin, gen):
+    return torch.ones(shape)
+
+
+def base_weight(shape, method, origin, gen):
+    return origin().detach().clone()
+
+
+def base_bias(shape, method, origin, gen):
+    return origin.bias.detach().clone()
+
+
+def normal(std: float) -> Start:
+    return lambda shape, method, origin, gen: torch.randn(shape, generator=gen) * std
+
+
+def kaiming(shape, method, origin, gen):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's `kaiming_uniform_(a=sqrt(5))`, as PEFT and loralib start A."""
+    return (torch.rand(shape, generator=gen) * 2 - 1) * shape[-1] ** -0.5
+
+
+def constant(name: str) -> Start:
+    """The value of the method's field `name`."""
+    return lambda shape, method, origin, gen: torch.full(shape, float(getattr(method, name)))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of a method.
+
+    axes: names separated by spaces, `o`, `i`, or an int field of the method; the only source of its shape.
+    key: its name in files, and (up to a final `.weight`) in `named_parameters()`; default `<method>_<leaf>`.
+    lookup: (key, start) instead, on a layer that looks rows up (an embedding).
+    biased: exists only where the layer has a bias.
+    shared: one tensor for the whole model; each site sees the corner of it that fits.
+    """
+
+    axes: str
+    start: Start
+    trains: bool = True
+    shared: bool = False
+    key: str = ""
+    lookup: tuple[str, Start] | None = None
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """What documentation, command line and tests need to know beyond the fields and the leaves."""
+
+    title: str
+    paper: str = ""
+    formula: str = ""
+    laws: tuple[str, ...] = ()  # claims the suite verifies: rank<=<expression>, orthogonal, row_gain, identity
+    aliases: tuple[str, ...] = ()
+
+
+def method(name: str, **card: Any) -> Callable[[type], type]:
+    """Class decorator: makes a frozen dataclass of it, collects its leaves and registers it under `name`."""
+
+    def add(cls: type) -> type:
+        cls = dataclass(frozen=True)(cls)
+        cls.name, cls.card, METHODS[name] = name, Card(**card), cls
+        cls.own = {k: v for k, v in vars(cls).items() if isinstance(v, Leaf)}
+        return cls
+
+    return add
+
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "standard": lambda alpha, r: alpha / r,  # LoRA, 2106.09685
+    "rslora": lambda alpha, r: alpha / math.sqrt(r),  # rank-stabilised, 2312.03732
+    "alpha": lambda alpha, r: alpha,
+}
+
+
+def check_rank(name: str, r: int, scaling: str = "standard") -> None:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise LorakitError(f"{name}: the rank r must be a whole number of at least 1, not {r!r}")
+    if scaling not in SCALINGS:
+        raise LorakitError(f"{name}: unknown scaling `{scaling}`{near(scaling, SCALINGS)}")
+
+
+class Method(ABC):
+    """A map from linear maps to linear maps. Classes below are abstract or final; variation is by wrapping."""
+
+    name: ClassVar[str]
+    card: ClassVar[Card]
+    own: ClassVar[dict[str, Leaf]]
+    adds: ClassVar[bool] = False  # act is f(x) + something, so that f may bring the bias along
+    replaces: ClassVar[bool] = False  # the result does not depend on the base's weight and bias at all
+
+    @abstractmethod
+    def weight(self, p: Params, W: Tensor) -> Tensor:  # (o, i) -> (o, i), the definition
+        ...
+
+    def act(self, p: Params, x: Tensor, f: Map, site, drop) -> Tensor:
+        """W' x. Override where there is a way that does not form W'."""
+        W = self.weight(p, f.weight())
+        return site.op(x, W.to(x.dtype if x.is_floating_point() else site.dtype))
+
+    def update(self, p: Params, x: Tensor, f: Map, site, drop) -> Tensor:
+        """(W' - W) x."""
+        return self.act(p, x, f, site, drop) - f(x)
+
+    def bias(self, p: Params, b: Tensor | None) -> Tensor | None:
+        """The bias beside W'; most methods leave it alone."""
+        return b
+
+    def two(self, p: Params) -> tuple[Tensor, Tensor] | None:
+        """(B, A) with W' = W + B A where the method is such a product: what every fast path and exporter needs."""
+        return None
+
+    def row_norm(self, p: Params, f: Map) -> Tensor:  # (o,): norms of the rows of W'
+        two = self.two(p)
+        return self.weight(p, f.weight()).norm(dim=1) if two is None else row_norm_of_sum(f.row_sq(), f.weight(), *two)
+
+    def settle(self, p: Params, W: Tensor) -> None:
+        """Sets leaves that depend on where the others started (DoRA's magnitude); called once, last."""
+
+    def from_file(self, shapes: dict[str, tuple[int, ...]]) -> Method:
+        """This method with the fields that a file's tensor shapes (canonical layout) decide."""
+        return self
+
+    def to_peft(self) -> dict[str, Any] | None:
+        """PEFT's configuration of this method, or None where PEFT has nothing like it."""
+        return None
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Method | None:
+        """The method a PEFT configuration describes, if it is this one."""
+        return None
+
+    @property
+    def leaves(self) -> dict[str, Leaf]:
+        return self.own
+
+    @property
+    def core(self) -> Method:
+        """The innermost method of a nest of wrappers."""
+        return self
+
+    def over_core(self, wrap: Callable[[Method], Method]) -> Method:
+        """This nest with `wrap` put around its core."""
+        return wrap(self)
+
+    def dims(self, o: int, i: int) -> dict[str, int]:
+        ints = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
+        return ints | {"o": o, "i": i}
+
+    def shapes(self, o: int, i: int, bias: bool = False) -> dict[str, list[int]]:
+        """Shape of every leaf on a layer of o outputs and i inputs, with or without a bias."""
+        d = self.dims(o, i)
+        return {k: [d[a] for a in leaf.axes.split()] for k, leaf in self.leaves.items() if bias or not leaf.biased}
+
+    def start(self, o: int, i: int, origin: Origin, gen: torch.Generator) -> Params:
+        """Every leaf at its own start, on the CPU in float32."""
+        out = {}
+        for k, shape in self.shapes(o, i, origin.bias is not None).items():
+            leaf = self.leaves[k]
+            begin = leaf.lookup[1] if origin.lookup and leaf.lookup else leaf.start
+            out[k] = begin(shape, self, origin, gen)
+        return out
+
+    def trainable(self, o: int, i: int, bias: bool = False) -> int:
+        """How many numbers train on one such layer."""
+        return sum(math.prod(s) for k, s in self.shapes(o, i, bias).items() if self.leaves[k].trains)
+
+    def key(self, leaf: str, lookup: bool = False) -> str:
+        """The name of a leaf in files and, up to `.weight`, on the module."""
+        spec = self.leaves[leaf]
+        return (spec.lookup[0] if lookup and spec.lookup else spec.key) or f"{self.core.name}_{leaf}"
+
+    def having(self, **fields: Any) -> Method:
+        """This method with fields replaced, at whatever level of nesting they are."""
+        mine = {f.name for f in dataclasses.fields(self)}
+        here = {k: v for k, v in fields.items() if k in mine}
+        rest = {k: v for k, v in fields.items() if k not in mine}
+        if rest and "inner" in mine:
+            here["inner"] = self.inner.having(**rest)
+        elif rest:
+            name = next(iter(rest))
+            raise LorakitError(f"{self.name} has no field `{name}`{near(name, mine)}")
+        return dataclasses.replace(self, **here)
+
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"method": self.name}
+        for f in dataclasses.fields(self):
+            v = getattr(self, f.name)
+            out[f.name] = v.to_dict() if isinstance(v, Method) else v
+        return out
+
+
+def method_from_dict(d: dict[str, Any]) -> Method:
+    """The inverse of `Method.to_dict`."""
+    d = {k: method_from_dict(v) if isinstance(v, dict) and "method" in v else v for k, v in d.items()}
+    name = d.pop("method")
+    if name not in METHODS:
+        raise LorakitError(f"unknown method `{name}`{near(name, METHODS)}")
+    known = {f.name for f in dataclasses.fields(METHODS[name])}
+    for k in d:
+        if k not in known:
+            raise LorakitError(f"{name} has no field `{k}`{near(k, known)}")
+    return METHODS[name](**d)
+
+
+class Additive(Method):
+    """W' = W + delta(p, W). W is a thunk: a method that never calls it never dequantises the base."""
+
+    adds = True
+
+    @abstractmethod
+    def delta(self, p: Params, W: Thunk) -> Tensor:  # (o, i)
+        ...
+
+    def weight(self, p, W):
+        return W + self.delta(p, lambda: W).to(W.dtype)
+
+    def act(self, p, x, f, site, drop):
+        return f(x) + self.update(p, x, f, site, drop)
+
+    def update(self, p, x, f, site, drop):
+        return site.op(drop(x), self.delta(p, f.weight).to(x.dtype if x.is_floating_point() else site.dtype))
+
+
+class LowRank(Additive):
+    """delta is a product of factors, the first (o, ·), the last (·, i); a 1-D factor is a diagonal."""
+
+    @abstractmethod
+    def factors(self, p: Params) -> tuple[Tensor, ...]: ...
+
+    def two(self, p):
+        *rest, A = self.factors(p)
+        B = rest[0]
+        for M in rest[1:]:
+            B = B * M if M.dim() == 1 else (B[:, None] * M if B.dim() == 1 else B @ M)
+        return B, A
+
+    def delta(self, p, W):
+        B, A = self.two(p)
+        return B @ A
+
+    def update(self, p, x, f, site, drop):
+        dtype = x.dtype if x.is_floating_point() else site.dtype
+        return site.chain(drop(x), *(F.to(dtype) for F in self.factors(p)))
+
+
+class Wrapper(Method):
+    """A method around a method (`inner: Method` is its first field): it answers for the leaves of both."""
+
+    @property
+    def leaves(self):
+        return self.own | self.inner.leaves
+
+    @property
+    def core(self):
+        return self.inner.core
+
+    def dims(self, o, i):
+        return self.inner.dims(o, i)
+
+    def key(self, leaf, lookup=False):
+        return (self.own[leaf].key or f"{self.name}_{leaf}") if leaf in self.own else self.inner.key(leaf, lookup)
+
+    def settle(self, p, W):
+        self.inner.settle(p, W)
+
+    def from_file(self, shapes):
+        return dataclasses.replace(self, inner=self.inner.from_file(shapes))
+
+    def bias(self, p, b):
+        return self.inner.bias(p, b)
+
+    def over_core(self, wrap):
+        return dataclasses.replace(self, inner=self.inner.over_core(wrap))
+
+
+def method_from_peft(config: dict[str, Any]) -> Method:
+    """The method that a PEFT configuration describes; wrappers are asked first. LorakitError if none knows it."""
+    for cls in sorted(METHODS.values(), key=lambda c: not issubclass(c, Wrapper)):
+        found = cls.from_peft(config)
+        if found is not None:
+            return found
+    raise LorakitError(f"no method here reads peft_type `{config.get('peft_type')}`")

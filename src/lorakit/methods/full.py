@@ -1,0 +1,27 @@
+"""A trained copy of a whole layer: full fine-tuning of chosen layers, and what PEFT calls `modules_to_save`.
+
+    W' = V,   b' = c
+
+V (o, i) and, where the layer has a bias, c (o) train; they start at W and b, so the output is the base's at step 0.
+"""
+
+from __future__ import annotations
+
+from lorakit.method import Leaf, Method, base_bias, base_weight, method
+
+
+@method("full", title="Full copy", formula="V", laws=("identity",), aliases=("full-fine-tuning", "modules_to_save"))
+class Full(Method):
+    replaces = True
+
+    V = Leaf("o i", base_weight, key="modules_to_save.weight")
+    c = Leaf("o", base_bias, key="modules_to_save.bias", biased=True)
+
+    def weight(self, p, W):
+        return p["V"].to(W.dtype)
+
+    def act(self, p, x, f, site, drop):
+        return site.op(x, p["V"].to(x.dtype if x.is_floating_point() else site.dtype))
+
+    def bias(self, p, b):
+        return p.get("c", b)

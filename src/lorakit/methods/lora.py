@@ -1,0 +1,46 @@
+"""LoRA: low-rank adaptation. Hu et al., 2021, arXiv 2106.09685.
+
+    W' = W + s B A,   s = alpha / r        (rsLoRA, arXiv 2312.03732: s = alpha / sqrt(r))
+
+A (r, i) and B (o, r) train. A starts uniform in ±1/sqrt(i), B at zero, so W' = W at step 0. On an embedding the
+roles swap, as in loralib and PEFT: A, which is looked up, starts at zero and B normal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lorakit.method import SCALINGS, Leaf, LowRank, check_rank, kaiming, method, normal, zeros
+
+
+@method("lora", title="LoRA", paper="2106.09685", formula="W + s B A", laws=("rank<=r", "identity"))
+class LoRA(LowRank):
+    r: int = 8  # rank
+    alpha: float = 16.0  # strength: the update is scaled by s = alpha / r
+    scaling: str = "standard"  # standard: alpha/r; rslora: alpha/sqrt(r)
+
+    A = Leaf("r i", kaiming, key="lora_A.weight", lookup=("lora_embedding_A", zeros))
+    B = Leaf("o r", zeros, key="lora_B.weight", lookup=("lora_embedding_B", normal(1.0)))
+
+    def __post_init__(self):
+        check_rank("lora", self.r, self.scaling)
+
+    @property
+    def s(self) -> float:
+        return SCALINGS[self.scaling](self.alpha, self.r)
+
+    def factors(self, p):
+        return p["B"] * self.s, p["A"]
+
+    def from_file(self, shapes):
+        return dataclasses.replace(self, r=shapes["A"][0])
+
+    def to_peft(self):
+        alpha = int(self.alpha) if float(self.alpha).is_integer() else self.alpha
+        return {"peft_type": "LORA", "r": self.r, "lora_alpha": alpha, "use_rslora": self.scaling == "rslora"}
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "LORA":
+            return None
+        return cls(config.get("r", 8), config.get("lora_alpha", 8), "rslora" if config.get("use_rslora") else "standard")

@@ -1,0 +1,122 @@
+"""The name people know -> a composition, one row each. `compose` turns a name and ecosystem options into a Spec."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit import methods  # noqa: F401
+from lorakit.errors import LorakitError, near
+from lorakit.inits import INITS
+from lorakit.method import Method
+from lorakit.methods.full import Full
+from lorakit.methods.lora import LoRA
+from lorakit.methods.magnitude import Magnitude
+from lorakit.spec import Spec
+
+
+@dataclass(frozen=True)
+class Recipe:
+    method: Method
+    title: str
+    paper: str
+    formula: str
+    init: str | None = None
+    freeze: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+RECIPES: dict[str, Recipe] = {
+    "lora": Recipe(LoRA(), "LoRA", "2106.09685", "W + (alpha/r) B A"),
+    "rslora": Recipe(LoRA(scaling="rslora"), "rank-stabilised LoRA", "2312.03732", "W + (alpha/sqrt(r)) B A", aliases=("rank-stabilized-lora",)),
+    "dora": Recipe(Magnitude(LoRA()), "DoRA", "2402.09353", "diag(m / |W + s B A|) (W + s B A)", aliases=("weight-decomposed-lora",)),
+    "lora-fa": Recipe(LoRA(), "LoRA-FA", "2308.03303", "W + s B A, A frozen", freeze=("A",), aliases=("lorafa",)),
+    "asymmetric-lora": Recipe(LoRA(), "Asymmetric LoRA", "2402.16842", "W + s B A, A frozen with A Aᵀ = I", "orthogonal", ("A",), ("lorasym",)),
+    "lora-nonzero": Recipe(LoRA(), "LoRA from a non-zero start", "2505.23194", "W - s B0 A0 + s B A", "nonzero", aliases=("nzlora",)),
+    "full": Recipe(Full(), "full fine-tuning of the targets", "", "V", aliases=("full-fine-tuning",)),
+}
+
+ALIASES = {  # how configurations in the wild spell our fields
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "r", "lora_rank": "r", "rank": "r", "target_modules": "targets",
+    "lora_target_modules": "targets", "lora_target": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers",
+    "init_lora_weights": "init",
+}
+_SWITCHES = ("use_dora", "use_rslora")
+
+
+def find(name: str) -> str:
+    """The row that a name, in any common spelling, stands for. LorakitError with the nearest one otherwise."""
+    word = name.lower().replace("_", "-").replace(" ", "-")
+    names = {k: k for k in RECIPES} | {a: k for k, r in RECIPES.items() for a in r.aliases}
+    if word not in names:
+        raise LorakitError(f"unknown method `{name}`{near(word, names)} (see: lorakit methods)")
+    return names[word]
+
+
+def compose(recipe: str | Spec | Method = "lora", **options: Any) -> Spec:
+    """A Spec from a recipe's name and options spelled as in PEFT or as here.
+
+    >>> compose("dora", r=4, lora_alpha=8, target_modules=["q_proj"]).method.inner.r
+    4
+    """
+    if isinstance(recipe, Spec):
+        spec = recipe
+    elif isinstance(recipe, Method):
+        spec = Spec(recipe)
+    else:
+        name = find(recipe)
+        row = RECIPES[name]
+        spec = Spec(row.method, init=row.init, freeze=row.freeze, recipe=name)
+    options = {ALIASES.get(k, k): v for k, v in options.items() if v is not None}
+    method = spec.method
+    if options.pop("use_rslora", False):
+        method = method.having(scaling="rslora")
+    if options.pop("use_dora", False) and not isinstance(method, Magnitude):
+        method = Magnitude(method)
+    mine = {f.name for f in dataclasses.fields(Spec)} - {"method", "recipe"}
+    fields = {k: v for k, v in options.items() if k not in mine}
+    for k in fields:
+        _known(method, k, mine)
+    own = {k: _plain(k, v) for k, v in options.items() if k in mine}
+    return dataclasses.replace(spec, method=method.having(**_typed(fields)) if fields else method, **_init(own))
+
+
+def _known(method: Method, name: str, others: set[str]) -> None:
+    fields: set[str] = set()
+    m: Method | None = method
+    while m is not None:
+        fields |= {f.name for f in dataclasses.fields(m)} - {"inner"}
+        m = getattr(m, "inner", None)
+    if name not in fields:
+        raise LorakitError(f"{method.core.name} has no option `{name}`{near(name, [*fields, *others, *ALIASES, *_SWITCHES])}")
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name in ("freeze", "modules_to_save") and isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: float(v) if k == "alpha" and isinstance(v, int) else v for k, v in fields.items()}
+
+
+def _init(own: dict[str, Any]) -> dict[str, Any]:
+    """`init` may be a name, true (the method's own start), or {name: …, storage: …}."""
+    init = own.get("init")
+    if isinstance(init, Mapping):
+        for k in init:
+            if k not in ("name", "storage"):
+                raise LorakitError(f"init has no option `{k}`{near(k, ('name', 'storage'))}")
+        own |= dict(init) | {"init": init.get("name")}
+        own.pop("name", None)
+    elif init is True:
+        own["init"] = None
+    if isinstance(own.get("init"), str):
+        names = {k: k for k in INITS} | {a: k for k, i in INITS.items() for a in i.aliases}
+        if own["init"] not in names:
+            raise LorakitError(f"init: unknown start `{own['init']}`{near(own['init'], names)}")
+        own["init"] = names[own["init"]]
+    return own

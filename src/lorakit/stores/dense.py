@@ -1,0 +1,72 @@
+"""The contract of a store, and the store for an ordinary floating-point parameter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+class Store(ABC):
+    """Reads and writes one layer's weight in its raw layout, and runs the layer's own kernel.
+
+    `write` replaces the weight object and never changes it in place: the weight may be tied to another module.
+    `take` gives what `put` needs to undo a `write` exactly, to the bit.
+    """
+
+    title: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    eps: float = 0.0  # relative error of one write() followed by read()
+    writable: bool = True
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @staticmethod
+    @abstractmethod
+    def claims(module: nn.Module) -> bool: ...
+
+    @abstractmethod
+    def read(self) -> Tensor:  # raw layout, floating point
+        ...
+
+    @abstractmethod
+    def write(self, W: Tensor) -> None: ...
+
+    @abstractmethod
+    def take(self) -> object: ...
+
+    @abstractmethod
+    def put(self, kept: object) -> None: ...
+
+    @abstractmethod
+    def linear(self, site, x: Tensor, bias: Tensor | None) -> Tensor:  # the layer's own product
+        ...
+
+
+class Dense(Store):
+    """A floating-point `weight` parameter."""
+
+    title, formula = "dense weight", "W"
+
+    @staticmethod
+    def claims(module):
+        W = getattr(module, "weight", None)
+        return isinstance(W, Tensor) and W.is_floating_point()
+
+    def read(self):
+        return self.module.weight
+
+    def write(self, W):
+        W = W.detach().to(self.module.weight.dtype).contiguous()
+        self.module.weight = nn.Parameter(W, requires_grad=False)
+
+    def take(self):
+        return self.module.weight
+
+    def put(self, kept):
+        self.module.weight = kept
+
+    def linear(self, site, x, bias):
+        return site.op(x, site.view(self.module.weight), bias)

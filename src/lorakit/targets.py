@@ -1,0 +1,154 @@
+"""Which modules get an adapter: names, regular expressions, keywords, layer ranges. Linear in the number of modules.
+
+    "all-linear"          every linear layer except the output head (the default)
+    "attention", "mlp"    linear layers inside, or beside, attention blocks; told by the names of modules and classes
+    ["q_proj", "v_proj"]  modules whose path ends with one of the names ("q_proj,v_proj" is the same)
+    r".*\\.layers\\.[01]\\..*_proj"   a regular expression for the whole path
+
+Every name must match something; an error lists the nearest module names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from lorakit.errors import LorakitError, near
+from lorakit.sites import adaptable, linear_like
+
+KEYWORDS = ("all-linear", "attention", "mlp")
+_ATTENTION = re.compile(r"attn|attention", re.I)
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def heads(model: nn.Module) -> set[int]:
+    """ids of the modules that turn hidden states into outputs: the language-model head and classification heads."""
+    out = set()
+    get = getattr(model, "get_output_embeddings", None)
+    if get is not None:
+        out.add(id(get()))
+    for name, child in model.named_children():  # heads sit at the top of a model, beside its body
+        if isinstance(child, nn.Linear) and name in ("score", "classifier", "lm_head", "qa_outputs", "head", "proj_out", "cls"):
+            out.add(id(child))
+    return out
+
+
+def classifier(model: nn.Module) -> list[str]:
+    """Names of the freshly made head of a classification model, which has to be trained and saved whole."""
+    kinds = ("Classification", "QuestionAnswering")
+    if not any(k in type(model).__name__ for k in kinds):
+        return []
+    return [n for n, c in model.named_children() if n in ("score", "classifier", "qa_outputs") and next(c.parameters(), None) is not None]
+
+
+def _keyword(model: nn.Module, word: str, every: dict[str, nn.Module]) -> list[str]:
+    skip = heads(model)
+    linear = [n for n, m in every.items() if linear_like(m) and id(m) not in skip]
+    if word == "all-linear":
+        return linear
+    inside = {n: any(_ATTENTION.search(part) for part in n.split(".")) or _in_attention_class(n, every) for n in linear}
+    numbered = [n for n in linear if _NUMBER.search(n)]  # inside a repeated block; poolers and projections are neither
+    return [n for n in numbered if inside[n] == (word == "attention")]
+
+
+def _in_attention_class(path: str, every: dict[str, nn.Module]) -> bool:
+    parent = path.rpartition(".")[0]
+    return bool(parent) and bool(_ATTENTION.search(type(every[parent]).__name__))
+
+
+def _suffixes(path: str) -> Iterable[str]:
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
+
+
+def _regex(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise LorakitError(f"target_modules: {pattern!r} is not a regular expression: {e}") from None
+
+
+def _named(names: Sequence[str], every: dict[str, nn.Module], what: str) -> list[str]:
+    wanted, hit = set(names), dict.fromkeys(names, False)
+    out = []
+    for path, module in every.items():
+        found = [s for s in _suffixes(path) if s in wanted]
+        if found and adaptable(module):
+            out.append(path)
+        for s in found:
+            hit[s] = hit[s] or adaptable(module)
+    for name, ok in hit.items():
+        if not ok:
+            raise LorakitError(_unmatched(name, every, what))
+    return out
+
+
+def _unmatched(name: str, every: dict[str, nn.Module], what: str) -> str:
+    bad = next((m for p, m in every.items() if p == name or p.endswith("." + name)), None)
+    if bad is not None:
+        inside = sorted({p.rsplit(".", 1)[1] for p, m in every.items() if f"{name}." in p and adaptable(m)})
+        hint = f"; mend: name the layers inside it: {', '.join(inside)}" if inside else ""
+        return f"{what}: `{name}` is a {type(bad).__name__}, which no adapter can be put on{hint}"
+    leaves = {p.rsplit(".", 1)[-1] for p, m in every.items() if adaptable(m)}
+    return f"{what}: no module is called `{name}`{near(name, sorted(leaves)) or '; adaptable are ' + ', '.join(sorted(leaves)[:12])}"
+
+
+def layer_index(path: str, pattern: str | None = None) -> int | None:
+    """The number of the repeated block a module is in: the first number in its path, or the one after `pattern`."""
+    found = re.search(rf"(?:^|\.){pattern}\.(\d+)(?=\.|$)", path) if pattern else _NUMBER.search(path)
+    return int(found.group(1)) if found else None
+
+
+def layer_numbers(layers: str | int | Sequence[int]) -> set[int]:
+    """{0, 1, 2, 5} from [0, 1, 2, 5], 5, or "0-2,5"."""
+    if isinstance(layers, int):
+        return {layers}
+    if not isinstance(layers, str):
+        return {int(n) for n in layers}
+    out: set[int] = set()
+    for part in layers.split(","):
+        low, _, high = part.strip().partition("-")
+        if not low.isdigit() or (high and not high.isdigit()):
+            raise LorakitError(f"layers: {layers!r} is not a list of numbers and ranges like 0-3,7")
+        out |= set(range(int(low), int(high or low) + 1))
+    return out
+
+
+def select(model: nn.Module, targets: str | Sequence[str] = "all-linear", exclude: str | Sequence[str] = (),
+           layers: str | int | Sequence[int] | None = None, layers_pattern: str | None = None) -> list[str]:
+    """Paths of the target modules, in model order. Raises LorakitError where nothing, or one of several names, matches."""
+    every = {n: m for n, m in model.named_modules() if n and ".lora" not in n}
+    out = _by(model, targets, every, "target_modules")
+    if exclude:
+        gone = set(_by(model, exclude, every, "exclude_modules"))
+        out = [n for n in out if n not in gone]
+    if layers is not None:
+        keep = layer_numbers(layers)
+        there = {layer_index(n, layers_pattern) for n in out}
+        if missing := sorted(keep - there):
+            raise LorakitError(f"layers_to_transform: no target in layer {missing[0]}; there are layers "
+                               f"{min((t for t in there if t is not None), default='none')} to {max((t for t in there if t is not None), default='none')}")
+        out = [n for n in out if layer_index(n, layers_pattern) in keep]
+    if not out:
+        kinds = sorted({n.rsplit(".", 1)[-1] for n, m in every.items() if adaptable(m)})
+        raise LorakitError(f"target_modules {targets!r} leaves nothing to adapt; adaptable modules are called {', '.join(kinds[:12]) or '(none)'}")
+    return out
+
+
+def _by(model, targets, every, what) -> list[str]:
+    if isinstance(targets, str):
+        if targets in KEYWORDS:
+            return _keyword(model, targets, every)
+        if re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", targets):
+            return _named([t.strip() for t in targets.split(",")], every, what)
+        regex = _regex(targets)
+        hit = [n for n, m in every.items() if regex.fullmatch(n) and adaptable(m)]
+        if not hit:
+            kinds = sorted({n for n, m in every.items() if adaptable(m)})
+            raise LorakitError(f"{what}: the regular expression {targets!r} matches no adaptable module's whole path; one path is `{(kinds or ['none'])[0]}`")
+        return hit
+    return _named(list(targets), every, what)
