@@ -20,11 +20,13 @@ from lorakit.api import (
     merged,
     rows,
     save,
+    save_merged,
     trainable,
     unmerge,
 )
 from lorakit.errors import LorakitError
+from lorakit.proof import verify
 
 __version__ = "0.1.0"
 __all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "delete", "detach", "disabled", "freeze", "load", "merge", "merged",
-           "rows", "save", "trainable", "unmerge"]
+           "rows", "save", "save_merged", "trainable", "unmerge", "verify"]

@@ -272,17 +272,22 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
     return state
 
 
-def _bank(modules, plan: Mapping[str, Method], seed: int, freeze: tuple[str, ...]) -> dict[str, Tensor]:
-    """Leaves that the whole model shares, once, at the largest size any target needs."""
+def _bank(modules, plan: Mapping[str, Method], seed: int, freeze: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """Leaves that the whole model shares: each one Parameter, at the largest size any target needs."""
     shared: dict[str, tuple[Method, list[int]]] = {}
+    keep, device = torch.float32, None
     for path, method in plan.items():
-        if any(leaf.shared for leaf in method.leaves.values()):
-            site = site_for(modules[path], path) if not isinstance(modules[path], Host) else modules[path].slot.site
-            for k, s in method.shapes(site.out, site.in_).items():
-                if method.leaves[k].shared:
-                    shared[k] = (method, [max(a, b) for a, b in zip(s, shared.get(k, (method, s))[1], strict=True)])
+        if not any(leaf.shared for leaf in method.leaves.values()):
+            continue
+        module = modules[path]
+        site = module.slot.site if isinstance(module, Host) else site_for(module, path)
+        keep, device = torch.promote_types(keep, site.dtype), device or _device(module, site)
+        for k, s in method.shapes(site.out, site.in_).items():
+            if method.leaves[k].shared:
+                shared[k] = (method, [max(a, b) for a, b in zip(s, shared.get(k, (method, s))[1], strict=True)])
     gen = torch.Generator().manual_seed(seed)
-    return {k: nn.Parameter(m.leaves[k].start(s, m, None, gen), m.leaves[k].trains and k not in freeze) for k, (m, s) in shared.items()}
+    return {k: nn.Parameter(m.leaves[k].start(s, m.owner(k), Origin(None), gen).to(device, keep), m.leaves[k].trains and k not in freeze)
+            for k, (m, s) in shared.items()}
 
 
 def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, empty) -> None:
@@ -291,7 +296,7 @@ def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, em
     origin = Origin(lambda: base.weight().to("cpu", torch.float32), None if site.bias is None else site.bias.to("cpu"), site.lookup)
     keep = torch.promote_types(site.dtype, torch.float32)  # adapters never live below float32
     if empty or device.type == "meta":
-        p = {k: torch.empty(s) for k, s in slot.shapes(name).items() if k not in bank}
+        p = {k: torch.empty(s) for k, s in slot.shapes(name).items()}
     else:
         p = method.start(site.out, site.in_, origin, gen)
         if start:
@@ -301,7 +306,7 @@ def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, em
         method.settle(p, origin())
     for k, v in p.items():
         trains = method.leaves[k].trains and k not in freeze
-        slot.put(name, k, bank[k] if k in bank else nn.Parameter(v.to(device, keep), trains))
+        slot.put(name, k, bank[k] if k in bank else nn.Parameter(v.to(device, keep).contiguous(), trains))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -121,6 +121,11 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 }
 
 
+def choice(default: str, options: Iterable[str]) -> Any:
+    """A field that takes one of a few words; the suite moves it to another of them, the docs list them."""
+    return dataclasses.field(default=default, metadata={"choices": tuple(options)})
+
+
 def check_rank(name: str, r: int, scaling: str = "standard") -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise LorakitError(f"{name}: the rank r must be a whole number of at least 1, not {r!r}")
@@ -135,6 +140,7 @@ class Method(ABC):
     card: ClassVar[Card]
     own: ClassVar[dict[str, Leaf]]
     adds: ClassVar[bool] = False  # act is f(x) + something, so that f may bring the bias along
+    reads_base: ClassVar[bool] = False  # delta depends on W, so no part of it can be taken out of W beforehand
     replaces: ClassVar[bool] = False  # the result does not depend on the base's weight and bias at all
 
     @abstractmethod
@@ -187,6 +193,10 @@ class Method(ABC):
         """The innermost method of a nest of wrappers."""
         return self
 
+    def owner(self, leaf: str) -> Method:
+        """The method in this nest that declares the leaf."""
+        return self
+
     def over_core(self, wrap: Callable[[Method], Method]) -> Method:
         """This nest with `wrap` put around its core."""
         return wrap(self)
@@ -206,7 +216,7 @@ class Method(ABC):
         for k, shape in self.shapes(o, i, origin.bias is not None).items():
             leaf = self.leaves[k]
             begin = leaf.lookup[1] if origin.lookup and leaf.lookup else leaf.start
-            out[k] = begin(shape, self, origin, gen)
+            out[k] = begin(shape, self.owner(k), origin, gen)
         return out
 
     def trainable(self, o: int, i: int, bias: bool = False) -> int:
@@ -305,6 +315,9 @@ class Wrapper(Method):
 
     def dims(self, o, i):
         return self.inner.dims(o, i)
+
+    def owner(self, leaf):
+        return self.inner.owner(leaf) if leaf in self.inner.leaves else self
 
     def key(self, leaf, lookup=False):
         return (self.own[leaf].key or f"{self.name}_{leaf}") if leaf in self.own else self.inner.key(leaf, lookup)

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from lorakit import host
 from lorakit.errors import LorakitError, near
 from lorakit.inits import INITS
 from lorakit.method import Method, method_from_dict
 from lorakit.methods.full import Full
+from lorakit.methods.offset import Offset
 from lorakit.targets import classifier, select
 
 STORAGES = ("offset", "base", "none")
@@ -97,3 +99,25 @@ def matched(what: str, patterns: Mapping[str, Any], paths: Sequence[str], strict
             ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
             raise LorakitError(f"{what}: no target matches `{k}`{near(k, ends)}")
     return {p: patterns[k] for p, k in hits.items()}
+
+
+def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], empty: bool = False) -> None:
+    """Puts a composition on the model for a plan already made (path -> method) and makes it the active adapter.
+
+    empty: leaves are left unset, about to be loaded.
+    """
+    init = INITS[spec.init] if spec.init else None
+    absorb = False
+    if init and init.nonzero and not empty:
+        absorb = spec.storage == "base"
+        offset = {p: m if m.replaces or spec.storage == "none" else m.over_core(Offset) for p, m in plan.items()}  # refuses what cannot be
+        plan = plan if absorb else offset
+
+    def start(core, p, origin, gen):
+        if all(leaf in p for leaf in init.needs):
+            init(core, p, origin, gen)
+
+    state = host.attach(model, name, plan, spec, dropout=spec.dropout, freeze=spec.freeze, start=start if init else None,
+                        absorb=absorb, seed=spec.seed, empty=empty)
+    if not state.chained:
+        state.active = {name: 1.0}

@@ -123,3 +123,27 @@ def _beside(path: Path) -> str:
         return " because that folder does not exist"
     there = sorted(p.name for p in path.parent.iterdir())[:8]
     return f"; the folder holds {', '.join(there) or 'nothing'}"
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder made under a temporary name beside `path` and renamed when the block ends without an error.
+
+    An existing folder of that name is replaced only then. Raises LorakitError when the disk is full.
+    """
+    tmp = path.with_name(f"{PREFIX}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+        yield tmp
+        old = path.with_name(f"{PREFIX}old-{path.name}")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(tmp, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if isinstance(e, OSError) or "No space left" in str(e):
+            raise LorakitError(f"could not write {path}: {e} ({_free(path)}); nothing that was there before is changed") from e
+        raise

@@ -121,7 +121,7 @@ def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
     saved = set(config.get("modules_to_save") or ())
     tails = sorted({method.key(leaf, lookup) for leaf in method.leaves for lookup in (False, True)}, key=len, reverse=True)
     paths = dict.fromkeys(p for k in tensors if (p := _path(k, tails)) is not None)
-    plan = {p: method for p in paths}
+    plan = dict.fromkeys(paths, method)
     for what, field in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
         for p, v in matched(f"{where}: {what}", config.get(what) or {}, list(paths), strict=False).items():
             plan[p] = plan[p].having(**{field: float(v) if field == "alpha" else v})

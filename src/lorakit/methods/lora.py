@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from lorakit.method import SCALINGS, Leaf, LowRank, check_rank, kaiming, method, normal, zeros
+from lorakit.method import SCALINGS, Leaf, LowRank, check_rank, choice, kaiming, method, normal, zeros
 
 
 @method("lora", title="LoRA", paper="2106.09685", formula="W + s B A", laws=("rank<=r", "identity"))
 class LoRA(LowRank):
     r: int = 8  # rank
     alpha: float = 16.0  # strength: the update is scaled by s = alpha / r
-    scaling: str = "standard"  # standard: alpha/r; rslora: alpha/sqrt(r)
+    scaling: str = choice("standard", SCALINGS)  # standard: alpha/r; rslora: alpha/sqrt(r)
 
     A = Leaf("r i", kaiming, key="lora_A.weight", lookup=("lora_embedding_A", zeros))
     B = Leaf("o r", zeros, key="lora_B.weight", lookup=("lora_embedding_B", normal(1.0)))

@@ -22,8 +22,9 @@ class Offset(Wrapper, Additive):
     inner: Method
 
     def __post_init__(self):
-        if not self.inner.adds or any(k.endswith("0") for k in self.inner.leaves):
-            raise LorakitError(f"offset around {self.inner.name} means nothing: it does not add to W, or is offset already")
+        inner = self.inner
+        if not inner.adds or inner.reads_base or any(k.endswith("0") or leaf.shared for k, leaf in inner.leaves.items()):
+            raise LorakitError(f"a start that is subtracted means nothing for {inner.name}: it does not simply add to W, shares leaves, or is offset")
 
     @property
     def leaves(self):

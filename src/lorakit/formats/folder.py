@@ -1,0 +1,244 @@
+"""One saved adapter as a folder: written whole with its receipt, read back, checked, put on a model."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorakit import host
+from lorakit.errors import LorakitError, near
+from lorakit.formats import peft
+from lorakit.formats.files import read_json, recover, sha256, writing
+from lorakit.formats.receipt import compare_bases, digest, fingerprint, modules_table, probe, probe_record, versions
+from lorakit.method import Method
+from lorakit.methods.lora import LoRA
+from lorakit.methods.offset import Offset
+from lorakit.sites import adaptable
+from lorakit.spec import Spec, attach
+
+
+def base_info(model: nn.Module) -> dict[str, Any]:
+    """What a config and a receipt say of the base model."""
+    config = getattr(model, "config", None)
+    kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
+             "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForTokenClassification": "TOKEN_CLS"}
+    task = next((v for k, v in kinds.items() if type(model).__name__.endswith(k)), None)
+    return {"name": getattr(config, "_name_or_path", None) or None, "revision": getattr(config, "_commit_hash", None), "task_type": task,
+            "class": type(model).__name__}
+
+
+def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", lineage: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Saves one adapter as a PEFT folder with a receipt; all of it appears, or nothing changes. Then reads it back and compares.
+
+    form: "auto" writes PEFT's format where PEFT has the method, a plain LoRA where the update is exactly one (an offset
+    start), and our own otherwise; "native" never converts (checkpoints); "lora" converts or refuses.
+    """
+    state = host.state_of(model)
+    name = _one(state, name)
+    if state.merged is not None:
+        raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) before saving")
+    path, spec = Path(path), state.specs[name]
+    slots = host.slots(model, name)
+    export = _Export(model, slots, name, form)
+    base = base_info(model) | {"transposed": bool(slots) and all(s.site.transposed and not s.site.lookup for s in slots.values())}
+    every = [n for n, m in model.named_modules() if adaptable(m)]
+    config = peft.config_of(spec, export.methods, base, every)
+    receipt = _receipt(model, name, spec, export, config, base, lineage)
+    _no_empty(export.tensors, path)
+    with writing(path) as out:
+        save_file(export.tensors, str(out.path(peft.TENSORS)), metadata={"format": "pt"})
+        out.json(peft.CONFIG, config)
+        receipt["files"] = {n: sha256(path / f".lorakit-tmp-{n}") for n in (peft.TENSORS, peft.CONFIG)}
+        out.json(peft.RECEIPT, receipt)
+    _read_back(path, export.tensors)
+    return path
+
+
+def _read_back(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    folder = Folder(path)
+    if changed := folder.changed():
+        raise LorakitError(f"{path}: {changed} read back from disk is not what was written")
+    for k, t in tensors.items():
+        if k not in folder.tensors or not torch.equal(folder.tensors[k], t):
+            raise LorakitError(f"{path}: the tensor `{k}` read back from disk is not what was written")
+
+
+def _one(state: host.State, name: str | None) -> str:
+    if name is None:
+        if len(state.specs) == 1:
+            return next(iter(state.specs))
+        if len(state.active) == 1:
+            return next(iter(state.active))
+        raise LorakitError(f"which adapter? there are {', '.join(state.specs)}")
+    if name not in state.specs:
+        raise LorakitError(f"the model has no adapter `{name}`{near(name, state.specs)}")
+    return name
+
+
+class _Export:
+    """The adapter as it goes to disk: path -> method, file key -> tensor, and what was converted on the way."""
+
+    def __init__(self, model: nn.Module, slots: Mapping[str, host.Slot], name: str, form: str):
+        if form not in ("auto", "native", "lora"):
+            raise LorakitError(f"form: unknown `{form}`{near(form, ('auto', 'native', 'lora'))}")
+        self.methods, self.tensors, self.converted = {}, {}, []
+        for path, slot in slots.items():
+            method, p = _with_start(slot, name)
+            if form == "lora" or (form == "auto" and method.to_peft() is None):
+                method, p = self._lora(path, method, p, must=form == "lora")
+            self.methods[path] = method
+            site = slot.site
+            for leaf, t in p.items():
+                shared = method.leaves[leaf].shared
+                key = method.key(leaf, site.lookup).removeprefix("modules_to_save.")
+                full = f"base_model.{key}" if shared else f"{peft.PREFIX}{path}.{key}"
+                if shared:
+                    t = slot.module._modules[slot.attr(name, leaf)]._parameters[name]
+                self.tensors[full] = (t if shared else site.pack(t, method.leaves[leaf].axes)).detach().to("cpu").contiguous().clone()
+
+    def _lora(self, path: str, method: Method, p: Mapping[str, Tensor], must: bool) -> tuple[Method, Mapping[str, Tensor]]:
+        two = None if method.replaces else method.two(p)
+        if two is None:
+            if must and not method.replaces:
+                raise LorakitError(f"{path}: {method.name} is not exactly a plain LoRA; mend: form='native', or merge it")
+            return method, p
+        r = two[1].shape[0]
+        self.converted.append(path)
+        return LoRA(r, float(r)), {"A": two[1], "B": two[0]}
+
+
+def _with_start(slot: host.Slot, name: str) -> tuple[Method, dict[str, Tensor]]:
+    """An adapter whose start went into the base is written as an offset one, which the untouched base can carry."""
+    method, p = slot.methods[name], slot.params(name)
+    if slot.absorbed and slot.absorbed.adapter == name:
+        return method.over_core(Offset), p | {f"{k}0": v for k, v in slot.absorbed.p0.items()}
+    return method, p
+
+
+def _no_empty(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for k, t in tensors.items():
+        if t.numel() == 0:
+            raise LorakitError(f"{path}: the tensor {k} is empty (a sharded parameter that was not gathered?); nothing was written")
+        if t.device.type == "meta":
+            raise LorakitError(f"{path}: the tensor {k} has no values (meta device); nothing was written")
+
+
+def _receipt(model, name, spec, export, config, base, lineage) -> dict[str, Any]:
+    state = host.state_of(model)
+    prints = fingerprint(model)
+    keep, rows_, chained = state.active, state.rows, state.chained
+    try:
+        state.rows, state.active, state.chained = None, {}, False
+        without = probe(model)
+        state.active = {name: 1.0}
+        with_it = probe(model)
+    finally:
+        state.active, state.rows, state.chained = keep, rows_, chained
+    out = {"format": peft.FORMAT, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "adapter": name,
+           "spec": spec.to_dict(), "peft_type": config["peft_type"], "converted_to_lora": export.converted,
+           "base": base | {"digest": digest(prints), "tensors": prints}, "modules": modules_table(model, name),
+           "keys": {k: list(t.shape) for k, t in export.tensors.items()}, "versions": versions(), "lineage": list(lineage)}
+    if with_it is not None:
+        out["probe"] = probe_record(with_it, without)
+    return out
+
+
+class Folder:
+    """A saved adapter, read and checked: config, tensors, receipt (None for one that another library wrote)."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            there = [p.name for p in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
+            raise LorakitError(f"there is no adapter folder {self.path}{near(self.path.name, there) if there else ''}")
+        recover(self.path)
+        self.config = read_json(self.path / peft.CONFIG)
+        self.tensors = peft.read_tensors(self.path / peft.TENSORS)
+        receipt = self.path / peft.RECEIPT
+        self.receipt = read_json(receipt) if receipt.is_file() else None
+        self.methods = peft.methods_of(self.config, self.tensors, self.path / peft.CONFIG)
+
+    def changed(self) -> str | None:
+        """The file that is not the one the receipt was written for, if any."""
+        files = (self.receipt or {}).get("files", {})
+        return next((f for f, was in files.items() if sha256(self.path / f) != was), None)
+
+    @property
+    def spec(self) -> Spec:
+        method = next((m for m in self.methods.values() if not m.replaces), None) or next(iter(self.methods.values()))
+        extra = Spec.from_dict(self.receipt["spec"]) if self.receipt else None
+        kept = {} if extra is None else {"freeze": tuple(f for f in extra.freeze if f in method.leaves), "recipe": extra.recipe, "seed": extra.seed}
+        return Spec(method, tuple(p for p, m in self.methods.items() if not m.replaces), dropout=self.config.get("lora_dropout") or 0.0, **kept)
+
+    def plan(self, model: nn.Module) -> dict[str, Method]:
+        """Path on this model -> method. LorakitError where the model has no such module."""
+        if not self.methods:
+            keys = ", ".join(list(self.tensors)[:3])
+            raise LorakitError(f"{self.path}: no tensor has a key of this method; the file holds {keys or 'nothing'}")
+        modules = dict(model.named_modules())
+        for p in self.methods:
+            if p not in modules:
+                raise LorakitError(f"{self.path}: the adapter has `{p}`, which this {type(model).__name__} has not{near(p, modules)}")
+        return {p: m for n in modules if (p := n) in self.methods for m in [self.methods[p]]}
+
+
+def _same_base(model: nn.Module, folder: Folder) -> None:
+    was = folder.receipt["base"]["tensors"]
+    replaced = tuple(f"{p}." for p, m in folder.methods.items() if m.replaces)
+    now = {n: p for n, p in fingerprint(model).items() if not n.startswith(replaced or ("\0",))}
+    if diff := compare_bases(was, now):
+        more = f" (and {len(diff) - 3} more)" if len(diff) > 3 else ""
+        raise LorakitError(f"{folder.path} was trained on another base ({folder.receipt['base'].get('name')}): {'; '.join(diff[:3])}{more}. "
+                           "Mend: load that base, or pass check_base=False if you know better")
+
+
+@torch.no_grad()
+def fill(model: nn.Module, name: str, folder: Folder) -> None:
+    places = peft.expected(host.slots(model, name), name)
+    tensors, where = dict(folder.tensors), folder.path / peft.TENSORS
+    for k in [k for k in tensors if k.endswith(".base_layer.weight")]:  # PEFT keeps a copy of an adapted embedding's table
+        del tensors[k]
+    missing = [k for k in places if k not in tensors]
+    unused = [k for k in tensors if k not in places]
+    if missing:
+        raise LorakitError(f"{where}: the tensor `{missing[0]}` is missing{_and(missing)}{near(missing[0], unused, 1) if unused else ''}")
+    if unused:
+        raise LorakitError(f"{where}: the tensor `{unused[0]}` has no place in this model{_and(unused)}{near(unused[0], places, 1)}")
+    for k, (slot, leaf) in places.items():
+        spec = slot.methods[name].leaves[leaf]
+        place = slot.module._modules[slot.attr(name, leaf)]._parameters[name]
+        want = slot.site.pack(place, spec.axes) if not spec.shared else place
+        if tensors[k].shape != want.shape:
+            raise LorakitError(f"{where}: `{k}` has shape {list(tensors[k].shape)}, this model and configuration need {list(want.shape)}")
+        value = tensors[k] if spec.shared else slot.site.unpack(tensors[k], spec.axes)
+        if not torch.isfinite(value).all():
+            raise LorakitError(f"{where}: `{k}` holds NaN or infinity")
+        place.copy_(value)
+
+
+def _and(keys: Sequence[str]) -> str:
+    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+
+
+def load(model: nn.Module, path: str | Path, name: str, check_base: bool = True) -> Folder:
+    """Puts a saved adapter on the model and makes it the active one.
+
+    Every tensor must find its place and every place its tensor; with a receipt the base's fingerprint must match
+    (`check_base`). Raises LorakitError otherwise and leaves the model as it was.
+    """
+    folder = Folder(path)
+    if check_base and folder.receipt:
+        _same_base(model, folder)
+    attach(model, name, folder.spec, folder.plan(model), empty=True)
+    try:
+        fill(model, name, folder)
+    except BaseException:
+        host.delete(model, name)
+        raise
+    return folder

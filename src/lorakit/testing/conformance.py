@@ -1,0 +1,518 @@
+"""Every method × every layer geometry × every dtype × every check; a method enters it by being registered.
+
+A check is a function of one `Case`. Instances have every field off its default, and noise on every leaf that provably
+matters, so that a field that is dropped, or an update applied twice, shows. Exceptions live in `EXCEPTIONS`, with a reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import math
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lorakit.methods  # noqa: F401
+from lorakit import api, host
+from lorakit.errors import LorakitError
+from lorakit.formats import folder
+from lorakit.inits import INITS
+from lorakit.maps import Applied, Base, Routed
+from lorakit.method import METHODS, Method, Origin, Wrapper, method_from_dict
+from lorakit.spec import Spec, attach
+
+
+def _conv1d_of_transformers(o: int, i: int) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(o, i)
+
+
+Build = tuple[Callable[[], nn.Module], Callable[[torch.dtype], Tensor]]
+LAYERS: dict[str, Build] = {
+    "linear": (lambda: nn.Linear(12, 8), lambda d: torch.randn(5, 3, 12, dtype=d)),
+    "linear-square": (lambda: nn.Linear(8, 8, bias=False), lambda d: torch.randn(5, 8, dtype=d)),
+    "hf-conv1d": (lambda: _conv1d_of_transformers(8, 12), lambda d: torch.randn(5, 3, 12, dtype=d)),
+    "embedding": (lambda: nn.Embedding(20, 8, padding_idx=3), lambda d: torch.arange(35).view(5, 7) % 16 + 4),
+    "conv1d": (lambda: nn.Conv1d(4, 8, 3, padding=1), lambda d: torch.randn(5, 4, 9, dtype=d)),
+    "conv1d-circular": (lambda: nn.Conv1d(4, 8, 3, padding=2, padding_mode="circular"), lambda d: torch.randn(5, 4, 9, dtype=d)),
+    "conv2d": (lambda: nn.Conv2d(4, 8, 3, 2, 1, dilation=2), lambda d: torch.randn(5, 4, 11, 11, dtype=d)),
+    "conv2d-1x1": (lambda: nn.Conv2d(4, 8, 1), lambda d: torch.randn(5, 4, 6, 6, dtype=d)),
+    "conv2d-wide": (lambda: nn.Conv2d(4, 8, (1, 3), padding="same", padding_mode="reflect"), lambda d: torch.randn(5, 4, 5, 7, dtype=d)),
+    "conv2d-groups": (lambda: nn.Conv2d(4, 8, 3, groups=2), lambda d: torch.randn(5, 4, 6, 6, dtype=d)),
+    "conv2d-depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8, bias=False), lambda d: torch.randn(5, 8, 6, 6, dtype=d)),
+    "conv3d": (lambda: nn.Conv3d(2, 8, 2), lambda d: torch.randn(5, 2, 4, 4, 4, dtype=d)),
+}
+DTYPES = {"float32": (torch.float32, 2e-5), "float64": (torch.float64, 1e-10), "bfloat16": (torch.bfloat16, 6e-2)}
+EXCEPTIONS: dict[tuple[str, str], str] = {}  # (label of the method, check) -> why it cannot hold; the test runner wants it to fail
+
+
+def off_default(cls: type[Method], inner: Method | None = None) -> Method:
+    """An instance with every field off its default; a class that knows better says so in `example()`."""
+    if hasattr(cls, "example"):
+        return cls.example()
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.name == "inner":
+            values["inner"] = inner
+        elif "choices" in f.metadata:
+            values[f.name] = next(c for c in f.metadata["choices"] if c != f.default)
+        elif isinstance(f.default, bool):
+            values[f.name] = not f.default
+        elif isinstance(f.default, int):
+            values[f.name] = max(1, f.default // 2)
+        elif isinstance(f.default, float):
+            values[f.name] = f.default * 0.6
+    return cls(**values)
+
+
+def instances(names: Iterable[str] | None = None) -> list[Method]:
+    """Every registered method off its defaults, and every wrapper around each of them that it means something around."""
+    classes = [METHODS[n] for n in (names or METHODS)]
+    plain = [off_default(c) for c in classes if not issubclass(c, Wrapper)]
+    out = list(plain)
+    for w in (c for c in METHODS.values() if issubclass(c, Wrapper)):
+        for m in plain:
+            try:
+                out.append(off_default(w, m))
+            except LorakitError:
+                continue
+    return out
+
+
+def label(method: Method) -> str:
+    inner = getattr(method, "inner", None)
+    return f"{method.name}({label(inner)})" if inner else method.name
+
+
+class Holder(nn.Module):
+    """A model of one layer; `layer` is its path."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one kind of layer in one dtype."""
+
+    method: Method
+    layer: str
+    dtype: str
+
+    @property
+    def tol(self) -> float:
+        return DTYPES[self.dtype][1]
+
+    def base(self) -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(0)
+        build, feed = LAYERS[self.layer]
+        dtype = DTYPES[self.dtype][0]
+        return Holder(build().to(dtype)).eval(), feed(dtype)
+
+    def spec(self, **kw) -> Spec:
+        return Spec(self.method, ("layer",), **kw)
+
+    def make(self, *names: str, noisy: bool = True, **kw) -> tuple[nn.Module, Tensor]:
+        """The model with adapters of these names (the last one active), and an input."""
+        model, x = self.base()
+        for n, name in enumerate(names or ("a",)):
+            spec = self.spec(seed=n, **kw)
+            attach(model, name, spec, spec.plan(model))
+            if noisy:
+                noise(model, name, n + 1)
+        return model, x
+
+
+def rel(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def noise(model: nn.Module, name: str, seed: int, size: float = 0.2) -> None:
+    """Moves every leaf that trains, so that no factor is at its start."""
+    g = torch.Generator().manual_seed(seed)
+    for slot in host.slots(model, name).values():
+        for _, v in sorted(slot.params(name).items()):
+            if v.requires_grad:
+                v.add_(torch.randn(v.shape, generator=g).to(v) * size)
+
+
+def slot_of(model: nn.Module) -> host.Slot:
+    return model.layer.slot
+
+
+def base_out(model: nn.Module, x: Tensor) -> Tensor:
+    with api.disabled(model):
+        return model(x)
+
+
+# The checks
+
+
+def check_identity_at_init(c: Case) -> None:
+    model, x = c.make(noisy=False)
+    want, _ = c.base()
+    if "identity" in c.method.core.card.laws:
+        assert rel(model(x), want(x)) < max(c.tol, 1e-6), "an adapter at its start changes the output"
+    assert torch.equal(base_out(model, x), want(x)), "a disabled adapter changes the output"
+
+
+def check_two_views_agree(c: Case) -> None:
+    model, x = c.make()
+    s = slot_of(model)
+    W = s.map({"a": 1.0}).weight()
+    slow = s.site.add_bias(s.site.op(x, W.to(s.site.dtype)), s.bias({"a": 1.0}))
+    assert rel(model(x), slow) < c.tol, "act and weight disagree"
+    assert rel(model(x), base_out(model, x)) > 1e-3, "the noise must matter, or this check is empty"
+
+
+def check_update_is_the_difference(c: Case) -> None:
+    model, x = c.make()
+    s = slot_of(model)
+    one = s.applied("a", Base(s.site))
+    assert rel(one.update(x) + Base(s.site)(x), one(x)) < c.tol
+    half = s.applied("a", Base(s.site), 0.5)
+    assert rel(half(x), (one(x) + Base(s.site)(x)) / 2) < c.tol, "a weight of 0.5 is not halfway"
+    assert rel(s.site.op(x, half.weight().to(s.site.dtype)), half(x)) < c.tol
+
+
+def check_merge(c: Case) -> None:
+    model, x = c.make()
+    y, W, b = model(x), model.layer.weight, getattr(model.layer, "bias", None)
+    W0 = W.detach().clone()
+    api.merge(model)
+    assert rel(model(x), y) < c.tol, "merged differs from live"
+    assert model.layer.weight is not W and torch.equal(W, W0), "merging must not write in place: the weight may be tied"
+    assert model.layer.weight.dtype == W.dtype and model.layer.weight.shape == W.shape
+    api.unmerge(model)
+    assert model.layer.weight is W and torch.equal(W, W0) and getattr(model.layer, "bias", None) is b, "unmerge must be exact"
+    assert torch.equal(model(x), y)
+    plain = api.merged(model)
+    assert type(plain.layer) is type(c.base()[0].layer) and rel(plain(x), y) < c.tol
+    assert torch.equal(model(x), y), "merging a copy must leave the model alone"
+
+
+def check_two_adapters(c: Case) -> None:
+    model, x = c.make("a", "b")
+    base, out = base_out(model, x), {}
+    for n in "ab":
+        api.activate(model, n)
+        out[n] = model(x)
+    assert rel(out["a"], out["b"]) > 1e-3
+    api.activate(model, "a", "b")
+    assert rel(model(x), out["a"] + out["b"] - base) < 2 * c.tol, "two adapters are not their sum"
+    api.activate(model, "a", "b", weights=[0.5, -0.25])
+    assert rel(model(x), base + (out["a"] - base) / 2 - (out["b"] - base) / 4) < 2 * c.tol, "weights are not honoured"
+    y = model(x)
+    api.merge(model)
+    assert rel(model(x), y) < 2 * c.tol
+    api.unmerge(model)
+    api.activate(model, "b")
+    api.delete(model, "a")
+    assert torch.equal(model(x), out["b"]), "deleting one adapter changes another"
+    api.delete(model, "b")
+    assert type(model.layer) is type(c.base()[0].layer) and torch.equal(model(x), base), "the base does not come back"
+
+
+def check_chain_of_two(c: Case) -> None:
+    model, x = c.make("a", "b")
+    api.activate(model, "a", "b", chain=True)
+    s = slot_of(model)
+    nest = Applied(c.method, s.params("b"), Applied(c.method, s.params("a"), Base(s.site), s.site), s.site)
+    want = s.site.add_bias(s.site.op(x, nest.weight().to(s.site.dtype)), s.bias({"a": 1.0, "b": 1.0}))
+    assert rel(model(x), want) < 2 * c.tol
+
+
+def check_rows_of_a_mixed_batch(c: Case) -> None:
+    model, x = c.make("a", "b")
+    out = {None: base_out(model, x)}
+    for n in "ab":
+        api.activate(model, n)
+        out[n] = model(x)
+    names = ["b", "a", None, "b", "a"]
+    with api.rows(model, names):
+        y = model(x)
+    for k, n in enumerate(names):
+        assert rel(y[k], out[n][k]) < c.tol, f"row {k} is not adapter {n}"
+
+
+def check_routed_one_hot(c: Case) -> None:
+    model, x = c.make("a", "b")
+    s = slot_of(model)
+    maps = [s.applied(n, Base(s.site)) for n in "ab"]
+    hot = Routed(Base(s.site), maps, lambda x: torch.tensor([0.0, 1.0], dtype=s.site.dtype))
+    assert rel(hot(x), maps[1](x)) < c.tol
+
+
+def check_starts_keep_the_function(c: Case) -> None:
+    want, x = c.base()
+    for name, init in INITS.items():
+        if not set(init.needs) <= set(c.method.core.own) or "0" in "".join(c.method.leaves):
+            continue
+        for storage in ("offset", "base") if init.nonzero else ("offset",):
+            spec = c.spec(init=name, storage=storage)
+            model, _ = c.base()
+            try:
+                attach(model, "a", spec, spec.plan(model))
+            except LorakitError as e:
+                assert any(t in str(e) for t in ("do not fit", "means nothing", "must be even")), e  # says why it cannot
+                continue
+            W0, W = want.layer.weight, model.layer.weight  # a base that gave up a start was rounded once, at its new size
+            tol = max(c.tol, 1e-5) + 4 * torch.finfo(W.dtype).eps * float((W - W0).norm() / W0.norm())
+            assert rel(model(x), want(x)) < tol, f"init {name} ({storage}) changes the function"
+            assert rel(base_out(model, x), want(x)) < tol, f"init {name} ({storage}) changes the base"
+            noise(model, "a", 1)
+            with tempfile.TemporaryDirectory() as tmp:
+                folder.save(model, tmp, "a")
+                again, _ = c.base()
+                folder.load(again, tmp, "a")
+                assert rel(again(x), model(x)) < tol, f"init {name} ({storage}): the file is wrong on an untouched base"
+            api.detach(model)
+            assert torch.equal(model.layer.weight, want.layer.weight), "the base must come back to the bit"
+
+
+def check_save_and_load(c: Case) -> None:
+    model, x = c.make(dropout=0.25)
+    y = model(x)
+    assert method_from_dict(json.loads(json.dumps(c.method.to_dict()))) == c.method, "a field is lost on the way through JSON"
+    with tempfile.TemporaryDirectory() as tmp:
+        for form in ("native", "auto"):
+            folder.save(model, tmp, "a", form=form)
+            again, _ = c.base()
+            read = folder.load(again, tmp, "b")
+            exact = form == "native" or not read.receipt["converted_to_lora"]
+            assert torch.equal(again(x), y) if exact else rel(again(x), y) < max(c.tol, 1e-5), f"loaded ({form}) differs from saved"
+            assert read.spec.dropout == 0.25 or read.config["peft_type"] == "LORAKIT"
+
+
+def check_gradients(c: Case) -> None:
+    model, x = c.make()
+    model(x).double().square().sum().backward()
+    s = slot_of(model)
+    for k, v in s.params("a").items():
+        leaf = c.method.leaves[k]
+        holder = s.module._modules[s.attr("a", k)]._parameters["a"]
+        got = holder.grad is not None and float(holder.grad.abs().sum()) > 0
+        assert got == leaf.trains, f"leaf {k}: trains={leaf.trains}, gradient={'yes' if got else 'no'}"
+        assert v.dtype == torch.promote_types(s.site.dtype, torch.float32), f"leaf {k} lives below float32"
+    assert model.layer.weight.grad is None and not model.layer.weight.requires_grad, "the base trains"
+
+
+def check_gradients_are_the_slow_views(c: Case) -> None:
+    if c.dtype == "bfloat16":
+        return
+    model, x = c.make()
+    s = slot_of(model)
+    p = {k: v for k, v in model.named_parameters() if v.requires_grad}
+    probe = torch.randn_like(model(x))
+    fast = torch.autograd.grad((model(x) * probe).sum(), list(p.values()))
+    slow_out = s.site.add_bias(s.site.op(x, s.map({"a": 1.0}).weight().to(s.site.dtype)), s.bias({"a": 1.0}))
+    slow = torch.autograd.grad((slow_out * probe).sum(), list(p.values()))
+    for k, a, b in zip(p, fast, slow, strict=True):
+        assert rel(a, b) < 20 * c.tol, f"the gradient of {k} is not that of the definition"
+
+
+def check_frozen_leaves(c: Case) -> None:
+    trains = [k for k, leaf in c.method.leaves.items() if leaf.trains]
+    if len(trains) < 2:
+        return
+    model, x = c.make(noisy=False, freeze=(trains[0],))
+    s = slot_of(model)
+    assert [k for k, v in s.params("a").items() if v.requires_grad] == [k for k in s.shapes("a") if k in trains[1:]]
+
+
+def check_count_and_laws(c: Case) -> None:
+    model, _ = c.make()
+    s = slot_of(model)
+    bias = s.site.bias is not None
+    assert api.trainable(model)[0] - sum(p.numel() for k, p in _shared(s, c).items() if p.requires_grad) + sum(
+        math.prod(s.shapes("a")[k]) for k, p in _shared(s, c).items() if p.requires_grad) == c.method.trainable(s.site.out, s.site.in_, bias)
+    W, V = s.map({}).weight().double(), s.map({"a": 1.0}).weight().double()
+    for law in c.method.card.laws:
+        LAWS[law.partition("<=")[0].partition("=")[0]](c, s, W, V, law)
+
+
+def _shared(s: host.Slot, c: Case) -> dict[str, Tensor]:
+    return {k: s.module._modules[s.attr("a", k)]._parameters["a"] for k, leaf in c.method.leaves.items() if leaf.shared}
+
+
+def _law_rank(c, s, W, V, law):
+    if c.dtype == "bfloat16":
+        return
+    sv = torch.linalg.svdvals(V - W)
+    bound = eval(law.partition("<=")[2], {"min": min, "max": max}, c.method.dims(s.site.out, s.site.in_))
+    floor = 1e-5 * sv[0] + 4 * torch.finfo(s.site.dtype).eps * W.norm()  # what subtracting W leaves of rounding
+    assert int((sv > floor).sum()) <= bound, f"rank above {bound}"
+
+
+def _law_orthogonal(c, s, W, V, law):
+    assert rel(torch.linalg.svdvals(V), torch.linalg.svdvals(W)) < max(c.tol, 1e-4)
+
+
+def _law_row_gain(c, s, W, V, law):
+    cos = torch.cosine_similarity(V, W, dim=1).abs()
+    assert rel(cos, torch.ones_like(cos)) < max(c.tol, 1e-6)
+
+
+def _law_row_norm(c, s, W, V, law):
+    assert rel(V.norm(dim=1), s.params("a")[law.partition("=")[2]].abs()) < max(c.tol, 1e-6)
+
+
+LAWS = {"rank": _law_rank, "orthogonal": _law_orthogonal, "row_gain": _law_row_gain, "row_norm": _law_row_norm,
+        "identity": lambda *a: None}  # identity has a check of its own
+
+
+def check_dropout(c: Case) -> None:
+    model, x = c.make(dropout=0.5)
+    y = model(x)
+    assert torch.equal(model(x), y), "dropout is active in eval"
+    model.train()
+    torch.manual_seed(1)
+    a, b = model(x), model(x)
+    if slot_of(model).site.drops and c.method.core.adds:
+        assert not torch.equal(a, b), "no dropout in train"
+    torch.manual_seed(1)
+    assert torch.equal(model(x), a), "dropout does not follow the global seed"
+    assert torch.equal(base_out(model, x), base_out(model.eval(), x)), "dropout reaches the base"
+
+
+def check_copies(c: Case) -> None:
+    model, x = c.make()
+    y = model(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), y) and other.layer.slot.module is other.layer
+        noise(other, "a", 9)
+        assert torch.equal(model(x), y), "a copy shares tensors with the original"
+
+
+def check_keys_and_class(c: Case) -> None:
+    raw, _ = c.base()
+    keys = set(raw.state_dict())
+    model, _ = c.make()
+    assert keys <= set(model.state_dict()), "a base key changed its name"
+    assert isinstance(model.layer, type(raw.layer)) and model.layer.weight is dict(model.named_parameters())["layer.weight"]
+    layer, weight = model.layer, model.layer.weight
+    api.detach(model)
+    assert model.layer is layer and model.layer.weight is weight and type(layer) is type(raw.layer)
+    assert set(model.state_dict()) == keys and "slot" not in vars(layer) and all(p.requires_grad for p in model.parameters())
+
+
+def check_checkpointing(c: Case) -> None:
+    model, x = c.make(dropout=0.3)
+    model.train()
+    grads = []
+    for recompute in (False, True):
+        model.zero_grad()
+        torch.manual_seed(3)
+        y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+        y.double().square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert grads[0] and all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), "checkpointing changes gradients"
+
+
+def check_autocast(c: Case) -> None:
+    if c.dtype != "float32":
+        return
+    model, x = c.make()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert rel(y, model(x)) < 6e-2
+
+
+def check_compile(c: Case) -> None:
+    if c.dtype != "float32":
+        return
+    model, x = c.make()
+    torch._dynamo.reset()
+    assert rel(torch.compile(model, backend="eager", fullgraph=True)(x), model(x)) < c.tol
+
+
+def check_resume(c: Case) -> None:
+    """Four steps, and two steps, a save, a fresh process's worth of nothing, a load, two steps: the same bits."""
+    if c.dtype == "bfloat16":
+        return
+
+    def steps(model, opt, n, x):
+        for _ in range(n):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+
+    def adam(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+
+    straight, x = c.make(dropout=0.3)
+    straight.train()
+    torch.manual_seed(5)
+    opt = adam(straight)
+    steps(straight, opt, 2, x)
+    with tempfile.TemporaryDirectory() as tmp:
+        folder.save(straight, tmp, "a", form="native")
+        kept, rng = copy.deepcopy(opt.state_dict()), torch.get_rng_state()
+        steps(straight, opt, 2, x)
+        again, _ = c.make(dropout=0.3, noisy=False)
+        folder.fill(again, "a", folder.Folder(tmp))
+    opt = adam(again.train())
+    opt.load_state_dict(kept)
+    torch.set_rng_state(rng)
+    steps(again, opt, 2, x)
+    for k, v in slot_of(straight).params("a").items():
+        assert torch.equal(v, slot_of(again).params("a")[k]), f"leaf {k} differs after resuming"
+
+
+def check_start_is_declared(c: Case) -> None:
+    """The table of leaves is the truth: shapes, and one generator that does not touch the global one."""
+    model, _ = c.make(noisy=False)
+    s = slot_of(model)
+    before = torch.get_rng_state()
+    p = c.method.start(s.site.out, s.site.in_, Origin(lambda: s.map({}).weight().float(), s.site.bias, s.site.lookup), torch.Generator())
+    assert torch.equal(before, torch.get_rng_state()), "a start draws from the global generator"
+    assert {k: list(v.shape) for k, v in p.items()} == s.shapes("a")
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {k.removeprefix("check_"): v for k, v in list(globals().items()) if k.startswith("check_")}
+
+
+def check_method(method: type[Method] | Method, layers: Iterable[str] = LAYERS, dtypes: Iterable[str] = DTYPES,
+                 checks: Iterable[str] | None = None) -> int:
+    """Runs the whole suite on a method, plain and under every wrapper that fits; returns how many checks passed.
+
+    Raises AssertionError whose first line names method, layer, dtype and check.
+    """
+    plain = off_default(method) if isinstance(method, type) else method
+    every = [plain]
+    for w in (c for c in METHODS.values() if issubclass(c, Wrapper) and not isinstance(plain, Wrapper)):
+        try:
+            every.append(off_default(w, plain))
+        except LorakitError:
+            continue
+    passed = 0
+    for m in every:
+        for layer in layers:
+            for dtype in dtypes:
+                for name in checks or CHECKS:
+                    if (label(m), name) in EXCEPTIONS:
+                        continue
+                    try:
+                        CHECKS[name](Case(m, layer, dtype))
+                    except Exception as e:
+                        raise AssertionError(f"{label(m)} on {layer} in {dtype}: {name}: {e}") from e
+                    passed += 1
+    return passed
