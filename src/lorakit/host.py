@@ -34,6 +34,7 @@ class State:
     rows: tuple[tuple[str, ...], Tensor] | None = None  # mixed batch: names, and for each row an index into them or -1
     merged: dict[str, float] | None = None  # what is merged into the base now
     required_grad: frozenset[str] = frozenset()  # base parameters that trained before the first adapter came
+    prints: tuple[Any, Any] | None = None  # the base's fingerprint, and what it was taken of
 
 
 class Leaves(nn.Module):

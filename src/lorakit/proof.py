@@ -78,7 +78,7 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None, merged:
         return out
     _files(out, folder)
     try:
-        model = base if isinstance(base, nn.Module) else _base(folder, base)
+        model = base if isinstance(base, nn.Module) else load_base_for(folder, base)
     except LorakitError as e:
         out.add("base", False, str(e))
         return out
@@ -104,12 +104,13 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None, merged:
     return out
 
 
-def _base(folder: Folder, base: str | Path | None) -> nn.Module:
+def load_base_for(folder: Folder, base: str | Path | None = None, dtype: str | None = None) -> nn.Module:
+    """The base model of a saved adapter: of the right task, with the right number of classes, in the dtype it was trained in."""
     told = base if base is not None else folder.config.get("base_model_name_or_path")
     if not told:
         raise LorakitError("the adapter does not say which base it belongs to; mend: give --base")
     info = (folder.receipt or {}).get("base", {})
-    dtype = next((t["dtype"] for t in info.get("tensors", {}).values()), None)
+    dtype = dtype or next((t["dtype"] for t in info.get("tensors", {}).values()), None)
     head = {}
     for p, m in folder.methods.items():
         if m.replaces and f"{peft.PREFIX}{p}.weight" in folder.tensors and folder.config.get("task_type") == "SEQ_CLS":

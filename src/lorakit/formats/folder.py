@@ -204,6 +204,7 @@ def fill(model: nn.Module, name: str, folder: Folder) -> None:
     tensors, where = dict(folder.tensors), folder.path / peft.TENSORS
     for k in [k for k in tensors if k.endswith(".base_layer.weight")]:  # PEFT keeps a copy of an adapted embedding's table
         del tensors[k]
+    _same_start(model, name, tensors, where)
     missing = [k for k in places if k not in tensors]
     unused = [k for k in tensors if k not in places]
     if missing:
@@ -220,6 +221,17 @@ def fill(model: nn.Module, name: str, folder: Folder) -> None:
         if not torch.isfinite(value).all():
             raise LorakitError(f"{where}: `{k}` holds NaN or infinity")
         place.copy_(value)
+
+
+def _same_start(model: nn.Module, name: str, tensors: dict[str, Tensor], where: Path) -> None:
+    """Takes out the frozen copies of a start that is in this model's base already, after checking that it is the same start."""
+    for path, slot in host.slots(model, name).items():
+        if slot.absorbed and slot.absorbed.adapter == name:
+            written = slot.methods[name].over_core(Offset)
+            for leaf, t in slot.absorbed.p0.items():
+                key = f"{peft.PREFIX}{path}.{written.key(f'{leaf}0', slot.site.lookup)}"
+                if key not in tensors or not torch.equal(slot.site.unpack(tensors.pop(key), written.leaves[f"{leaf}0"].axes).to(t), t):
+                    raise LorakitError(f"{where}: `{key}` is not the start that was taken out of this base; mend: the same seed and init as then")
 
 
 def _and(keys: Sequence[str]) -> str:

@@ -55,12 +55,19 @@ def _sha(t: Tensor) -> str:
 
 
 def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Name -> digests of every base tensor. LorakitError while adapters are merged into it, for then it is not the base."""
-    if any(isinstance(m, Host) for m in model.modules()) and state_of(model).merged is not None:
+    """Name -> digests of every base tensor; kept until a tensor changes. LorakitError while adapters are merged into it."""
+    state = state_of(model) if any(isinstance(m, Host) for m in model.modules()) else None
+    if state and state.merged is not None:
         raise LorakitError("the base cannot be fingerprinted while adapters are merged into it; mend: lorakit.unmerge(model)")
     tensors = {n: t for n, t in base_tensors(model).items() if t.device.type != "meta"}
+    taken_of = {n: (id(t), t._version, t.data_ptr()) for n, t in tensors.items()}
+    if state and state.prints and state.prints[0] == taken_of:
+        return state.prints[1]
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # hashing releases the interpreter lock
-        return dict(zip(tensors, pool.map(_digests, tensors.values()), strict=True))
+        prints = dict(zip(tensors, pool.map(_digests, tensors.values()), strict=True))
+    if state:
+        state.prints = (taken_of, prints)
+    return prints
 
 
 def compare_bases(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,40 @@
+"""lorakit merge: base + adapter as a plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakit.cli.app import app, out, quiet
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="adapter folder")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder of the merged model")],
+    base: Annotated[str | None, typer.Option(help="base model; default: the one the adapter names")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Write the adapter into the base's weights, save the model, read it back, and verify that it is base + adapter."""
+    quiet()
+    from lorakit import api
+    from lorakit.cli.use import base_of, model_for
+    from lorakit.errors import LorakitError
+    from lorakit.models import load_tokenizer
+    from lorakit.proof import verify as check
+
+    model = model_for(adapter, base, dtype)
+    api.load(model, adapter)
+    name = base_of(adapter, base)
+    try:
+        tokenizer = load_tokenizer(name)
+    except LorakitError:
+        tokenizer = None
+    api.save_merged(model, output, tokenizer)
+    report = check(adapter, name, output)
+    out.print(str(report), markup=False)
+    if not report.ok:
+        raise LorakitError(f"the merged model in {output} did not verify")
+    out.print(f"merged model: {output}", markup=False)

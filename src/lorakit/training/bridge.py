@@ -1,0 +1,135 @@
+"""Adapters under transformers' Trainer and TRL's trainers: one mixin, because saving has no callback before it.
+
+    class MyTrainer(AdapterTrainerMixin, SFTTrainer): pass
+    trainer = MyTrainer(model=adapted, args=…, train_dataset=…, hooks=[LoRAPlus()])
+    trainer.train(resume_from_checkpoint=True)        # goes on to the bit
+
+Checkpoints hold what trains and the hooks' state, never the base. `AdapterTrainer` is the mixin over Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from lorakit import host
+from lorakit.errors import LorakitError
+from lorakit.formats import folder
+from lorakit.hooks import Hook
+
+HOOK_STATE = "lorakit_hooks.pt"
+
+
+class HookCallback(TrainerCallback):
+    """Calls the hooks at Trainer's events; gradients are alive in before_step and after_step, once per optimiser step."""
+
+    def __init__(self, hooks: Sequence[Hook]):
+        self.hooks = hooks
+
+    def on_step_begin(self, args, state, control, model=None, **kw):
+        for h in self.hooks:
+            h.before_forward(model, state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
+        for h in self.hooks:
+            h.before_step(model, optimizer, state.global_step)
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
+        for h in self.hooks:
+            h.after_step(model, optimizer, state.global_step)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
+        for h in self.hooks:
+            h.on_interval(model, optimizer, lr_scheduler, state.global_step)
+
+
+class AdapterTrainerMixin:
+    """Put before a Trainer class. `hooks`: what happens while training; `lineage`: what the receipts say came before."""
+
+    def __init__(self, *args: Any, hooks: Sequence[Hook] = (), lineage: Sequence[dict] = (), **kw: Any):
+        model = kw.get("model", args[0] if args else None)
+        if not isinstance(model, nn.Module) or not any(isinstance(m, host.Host) for m in model.modules()):
+            raise LorakitError("the model has no adapters; mend: lorakit.adapt(model, ...) before making the trainer")
+        self.hooks, self.lineage = list(hooks), list(lineage)
+        for h in self.hooks:
+            h.setup(model)
+        super().__init__(*args, **kw)
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        if isinstance(head, host.Host) and "forward" in vars(self.model):
+            raise LorakitError("this trainer computes its loss from the output head's weight without calling it, so the adapter on the "
+                               "head would be skipped silently; mend: exclude_modules: lm_head")
+        self.add_callback(HookCallback(self.hooks))
+
+    def _trained(self) -> list[str]:
+        """Adapters with something that trains; all of them if none does."""
+        model = self.accelerator.unwrap_model(self.model)
+        trains = [a for a in host.state_of(model).specs if any(
+            t.requires_grad for s in host.slots(model, a).values() for t in s.params(a).values())]
+        return trains or list(host.state_of(model).specs)
+
+    def _folders(self, path: str | Path) -> dict[str, Path]:
+        names = self._trained()
+        return {names[0]: Path(path)} if len(names) == 1 else {n: Path(path) / n for n in names}
+
+    def create_optimizer(self, *args: Any, **kw: Any):
+        if self.optimizer is None and self.hooks:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decay = set(self.get_decay_parameter_names(self.model))
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            groups = [{"params": [p for n, p in named if (n in decay) == wd], "lr": options["lr"],
+                       "weight_decay": self.args.weight_decay if wd else 0.0} for wd in (True, False)]
+            groups = [g for g in groups if g["params"]]
+            for h in self.hooks:
+                groups = h.param_groups(self.model, groups)
+            self.optimizer = cls(groups, **options)
+        return super().create_optimizer(*args, **kw)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kw):
+        if not self.hooks:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kw)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
+        for h in self.hooks if model.training else ():
+            loss = loss + h.extra_loss(model, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        path = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        for h in self.hooks:
+            h.before_save(model, path)
+        for name, where in self._folders(path).items():
+            folder.save(model, where, name, form="native", lineage=self.lineage)
+        if self.hooks:
+            torch.save([h.state_dict() for h in self.hooks], path / HOOK_STATE)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(path)
+        torch.save(self.args, path / "training_args.bin")
+
+    def _read(self, path: str | Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        for name, where in self._folders(path).items():
+            folder.fill(model, name, folder.Folder(where))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._read(resume_from_checkpoint)
+        states = Path(resume_from_checkpoint) / HOOK_STATE
+        if states.is_file():
+            saved = torch.load(states, weights_only=True)
+            if len(saved) != len(self.hooks):
+                raise LorakitError(f"{states} holds the state of {len(saved)} hooks, this trainer has {len(self.hooks)}")
+            for h, state in zip(self.hooks, saved, strict=True):
+                h.load_state_dict(state)
+
+    def _load_best_model(self) -> None:
+        self._read(self.state.best_model_checkpoint)
+
+
+class AdapterTrainer(AdapterTrainerMixin, Trainer):
+    """transformers' Trainer for an adapted model."""

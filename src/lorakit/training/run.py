@@ -1,0 +1,305 @@
+"""One run: data → base → adapter → before → training → after → saved, read back, verified → report.
+
+    runs/x/config.yaml  run.json  report.html  loss.png  adapter/  checkpoint-*/
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from lorakit import api, host
+from lorakit.errors import LorakitError
+from lorakit.formats.files import writing
+from lorakit.formats.folder import Folder
+from lorakit.formats.receipt import modules_table, versions
+from lorakit.hooks.base import build
+from lorakit.models import load_base, load_tokenizer
+from lorakit.proof import verify
+from lorakit.spec import Spec
+from lorakit.training import data as d
+from lorakit.training.bridge import AdapterTrainer
+from lorakit.training.config import Run
+from lorakit.training.measure import evaluate, samples
+from lorakit.training.report import write_report
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Prepared:
+    """Everything before the first step."""
+
+    run: Run
+    tokenizer: Any
+    shape: str
+    task: str
+    rows: list[dict]
+    held: list[dict]
+    train: d.Encoded
+    heldout: d.Encoded | None
+    labels: list[str] | None
+    lineage: list[dict] = field(default_factory=list)
+
+
+def prepare(run: Run) -> Prepared:
+    """Reads, tells apart, splits and encodes the data. Raises LorakitError before any model is loaded."""
+    rows = d.read_rows(run.data.train, run.data.split, run.data.limit)
+    shape = d.detect(rows, run.data.columns or None) if run.data.shape == "auto" else run.data.shape
+    rows = d.normalise(rows, shape, run.data.columns or None)
+    held: list[dict] = []
+    if run.data.eval:
+        held = d.normalise(d.read_rows(run.data.eval, run.data.eval_split, run.data.eval_limit), shape, run.data.columns or None)
+    elif run.data.eval_fraction:
+        rows, held = _hold_out(rows, shape, run)
+    held = held[: run.data.eval_limit]
+    task = run.task
+    if task == "auto":
+        task = "sequence-classification" if shape == "classification" else "causal-lm"
+    if (task == "sequence-classification") != (shape == "classification"):
+        raise LorakitError(f"task {task} does not fit data of shape {shape}; mend: leave task at auto, or rename the columns (data.columns)")
+    if shape == "preference":
+        raise LorakitError("preference pairs (chosen, rejected) are trained with TRL's DPOTrainer and lorakit.training.AdapterTrainerMixin "
+                           "(docs/train.md shows how); `lorakit train` does prompts and answers, chats, text and classes")
+    tok = load_tokenizer(run.base.path, run.base.revision, run.base.trust_remote_code)
+    length = run.data.max_length or min(getattr(tok, "model_max_length", 1024) or 1024, 1024)
+    labels = None
+    if task == "sequence-classification":
+        train, labels = d.encode_labels(rows, tok, length)
+        heldout = d.encode_labels(held, tok, length, labels)[0] if held else None
+    else:
+        train = d.encode(rows, tok, length, run.data.answer_only, run.data.template)
+        heldout = d.encode(held, tok, length, run.data.answer_only, run.data.template) if held else None
+    return Prepared(run, tok, shape, task, rows, held, train, heldout, labels)
+
+
+def _hold_out(rows: list[dict], shape: str, run: Run) -> tuple[list[dict], list[dict]]:
+    if shape == "text" and len(rows) == 1:  # one long text: its end is held out
+        text = rows[0]["text"]
+        cut = text.rfind("\n", 0, int(len(text) * (1 - run.data.eval_fraction))) + 1 or int(len(text) * (1 - run.data.eval_fraction))
+        return [{"text": text[:cut]}], [{"text": text[cut:]}]
+    return d.split(rows, run.data.eval_fraction, run.train.seed)
+
+
+def build_model(p: Prepared, say: Say = print) -> nn.Module:
+    """The base with the run's adapter on it, continuing from a saved one where the run says so."""
+    run = p.run
+    extra = {"num_labels": len(p.labels), "id2label": dict(enumerate(p.labels)), "label2id": {v: k for k, v in enumerate(p.labels)},
+             "pad_token_id": p.tokenizer.pad_token_id} if p.labels else {}
+    torch.manual_seed(run.train.seed)  # a classification head is made here
+    model = load_base(run.base.path, p.task, dtype=run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code, **extra)
+    spec = run.spec()
+    if run.from_adapter is None:
+        return api.adapt(model, spec)
+    stage, path = run.from_adapter.stage, run.from_adapter.path
+    before = Folder(path)
+    p.lineage = [*(before.receipt or {}).get("lineage", []), {"adapter": str(path), "stage": stage, "base": (before.receipt or {}).get("base", {}).get("digest"),
+                                                            "files": (before.receipt or {}).get("files")}]
+    return _staged(model, spec, before, stage, say)
+
+
+def _staged(model: nn.Module, spec: Spec, before: Folder, stage: str, say: Say) -> nn.Module:
+    if stage == "continue":
+        say(f"continuing {before.path}: its method and targets hold, the run's adapter settings do not")
+        return api.load(model, before.path, trainable=True)
+    api.load(model, before.path, "before")
+    if stage == "merge":
+        api.merge(model)
+        host.unload(model)
+        api.untie(model)
+        return api.adapt(model, spec)
+    api.adapt(model, spec)
+    return api.activate(model, "before", "default", chain=True)
+
+
+def arguments(run: Run, rows: int) -> TrainingArguments:
+    """transformers' arguments; unknown scheduler or optimiser names are refused there by name."""
+    t = run.train
+    steps = t.max_steps if t.max_steps > 0 else max(1, int(t.epochs * -(-rows // (t.batch_size * t.gradient_accumulation_steps))))
+    cuda = torch.cuda.is_available()
+    try:
+        return TrainingArguments(
+            output_dir=run.output, num_train_epochs=t.epochs, max_steps=t.max_steps, learning_rate=t.learning_rate,
+            per_device_train_batch_size=t.batch_size, per_device_eval_batch_size=t.eval_batch_size,
+            gradient_accumulation_steps=t.gradient_accumulation_steps, lr_scheduler_type=t.lr_scheduler_type,
+            warmup_steps=int(t.warmup_ratio * steps), weight_decay=t.weight_decay, max_grad_norm=t.max_grad_norm, optim=t.optim, seed=t.seed,
+            logging_steps=min(t.logging_steps, max(1, steps // 4)), save_strategy="steps", save_steps=t.save_steps or max(1, -(-steps // 2)),
+            save_total_limit=t.save_total_limit, gradient_checkpointing=t.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None, bf16=t.bf16, report_to=t.report_to,
+            eval_strategy="no", remove_unused_columns=False, use_cpu=not cuda, dataloader_pin_memory=cuda, disable_tqdm=not sys.stderr.isatty())
+    except (ValueError, TypeError) as e:
+        raise LorakitError(f"train: {str(e).splitlines()[0]}") from e
+
+
+class _RunTrainer(AdapterTrainer):
+    """Evaluates by the token, so that packing and batch sizes do not change what is measured."""
+
+    measure: Callable[[], dict[str, float]]
+    measured: tuple[int, dict[str, float]] = (-1, {})
+
+    def evaluate(self, *args: Any, **kw: Any) -> dict[str, float]:
+        step = self.state.global_step
+        if self.measured[0] != step:  # the end of training may ask twice
+            self.measured = step, self.measure()
+            self.log({k if k.startswith("eval_") else f"eval_{k}": v for k, v in self.measured[1].items()})
+        return {k if k.startswith("eval_") else f"eval_{k}": v for k, v in self.measured[1].items()}
+
+
+class Lines(TrainerCallback):
+    """Progress as at most some twenty plain lines; a terminal has transformers' own bar instead."""
+
+    def __init__(self, say: Say):
+        self.say, self.next, self.start = say, 0.0, time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kw):
+        share = state.global_step / max(state.max_steps, 1)
+        held = {k.removeprefix("eval_"): v for k, v in (logs or {}).items() if k.startswith("eval_")}
+        if sys.stderr.isatty() or "train_runtime" in (logs or {}) or (not held and share < self.next):
+            return
+        self.next = share + 0.05
+        what = f"held out: {_metrics(held)}" if held else f"loss {float(logs['loss']):.4g}" if "loss" in logs else ""
+        self.say(f"step {state.global_step}/{state.max_steps}  {time.perf_counter() - self.start:.0f} s  {what}")
+
+
+def train(run: Run, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
+    """Runs it all and returns what `run.json` holds. LorakitError, with nothing lost, when something is wrong."""
+    out = Path(run.output)
+    if (out / "run.json").exists() and not resume:
+        raise LorakitError(f"{out} already holds a finished run; mend: another `output`, or remove that folder")
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
+    hooks = [build(h) for h in run.hooks]
+    p = prepare(run)
+    say(describe(p))
+    model = build_model(p, say)
+    if torch.cuda.is_available():
+        model.to("cuda")
+        torch.cuda.reset_peak_memory_stats()
+    if run.data.packing and not d.packs_apart(model):
+        raise LorakitError(f"packing: {type(model).__name__} lets packed rows attend to each other; mend: packing: false")
+    with writing(out) as w:
+        w.text("config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
+    measure = lambda: evaluate(model, p)  # noqa: E731
+    before, shown = measure(), samples(model, p)
+    say("before: " + _metrics(before))
+    trainer = _trainer(p, model, hooks)
+    trainer.measure = measure
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Lines(say))
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=resume and _last(out))
+    seconds = time.perf_counter() - started
+    trainer.evaluate()
+    after, shown_after = trainer.measured[1], samples(model, p)
+    say("after:  " + _metrics(after))
+    adapter = api.save(model, out / "adapter", "default", form="auto" if not _stacked(run) else "native", lineage=p.lineage)
+    record = _record(p, model, trainer, before, after, shown, shown_after, seconds, result, adapter)
+    del trainer, model, measure
+    gc.collect()
+    record["verify"] = proof(run, p, adapter)
+    record["adapter"]["bytes"] = sum(f.stat().st_size for f in adapter.iterdir() if f.suffix == ".safetensors")
+    with writing(out) as w:
+        w.json("run.json", record)
+    write_report(record, out)
+    return record
+
+
+def _stacked(run: Run) -> bool:
+    return run.from_adapter is not None and run.from_adapter.stage == "freeze"
+
+
+def proof(run: Run, p: Prepared, adapter: Path) -> dict[str, Any]:
+    """Verifies the saved adapter on a base read from disk anew."""
+    extra = {"num_labels": len(p.labels), "pad_token_id": p.tokenizer.pad_token_id} if p.labels else {}
+    base = load_base(run.base.path, p.task, dtype=run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code, **extra)
+    if run.from_adapter and run.from_adapter.stage == "merge":
+        api.load(base, run.from_adapter.path, "before")
+        api.merge(base)
+        host.unload(base)
+        api.untie(base)
+    return verify(adapter, base).to_dict()
+
+
+def _trainer(p: Prepared, model: nn.Module, hooks: list) -> _RunTrainer:
+    rows = d.pack(p.train.rows, p.run.data.max_length or max(len(r["input_ids"]) for r in p.train.rows)) if p.run.data.packing else p.train.rows
+    args = arguments(p.run, len(rows))
+    if p.heldout is not None:
+        args.eval_strategy = "steps"
+        t = p.run.train
+        steps = t.max_steps if t.max_steps > 0 else max(1, int(t.epochs * -(-len(rows) // (t.batch_size * t.gradient_accumulation_steps))))
+        args.eval_steps = t.eval_steps or max(1, -(-steps // 4))
+    return _RunTrainer(model=model, args=args, train_dataset=_Rows(rows), eval_dataset=_Rows(rows[:1]) if p.heldout else None,
+                       data_collator=d.Collator(p.tokenizer.pad_token_id), hooks=hooks, lineage=p.lineage)
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, n):
+        return self.rows[n]
+
+
+def _last(out: Path) -> str | bool:
+    found = sorted(out.glob("checkpoint-*"), key=lambda f: int(f.name.rsplit("-", 1)[1]))
+    whole = [f for f in found if (f / "trainer_state.json").is_file()]  # written last: without it the save was cut off
+    return str(whole[-1]) if whole else False
+
+
+def describe(p: Prepared) -> str:
+    """The data in a few lines: what was found, how much, and the first rows with what is trained marked."""
+    e = p.train
+    held = f", {len(p.held)} held out" if p.held else ", none held out"
+    lost = f"; {e.dropped} dropped, {e.truncated} truncated" if e.dropped or e.truncated else ""
+    return (f"data: {p.shape}, {len(p.rows)} rows{held}, {e.tokens:,} tokens of which {e.trained_tokens:,} trained{lost}\n"
+            + d.preview(p.train.rows, p.tokenizer, 3))
+
+
+def _metrics(m: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in m.items()) or "no held-out data"
+
+
+def peak_memory() -> int:
+    """Bytes: the GPU's peak where there is one, else the process's peak resident size."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _record(p, model, trainer, before, after, shown, shown_after, seconds, result, adapter) -> dict[str, Any]:
+    run, steps = p.run, trainer.state.global_step
+    part, whole = api.trainable(model)
+    spec = host.state_of(model).specs["default"]
+    per_epoch = sum(len(r["input_ids"]) for r in p.train.rows)
+    seen = per_epoch * (trainer.state.epoch or 0.0)
+    rows = modules_table(model, "default")
+    size = f"{spec.recipe or spec.method.name} r {spec.method.core.r}" if hasattr(spec.method.core, "r") else spec.recipe or spec.method.name
+    return {
+        "title": f"{size} on {Path(run.base.path).name}", "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "base": {"name": run.base.path, "parameters": whole - sum(r["parameters"] for r in rows.values())},
+        "adapter": {"method": spec.recipe or spec.method.name, "summary": f"{size}, {len(rows)} modules", "path": str(adapter), "trainable": part},
+        "data": {"train": run.data.train, "shape": p.shape, "rows": len(p.rows), "tokens": p.train.tokens, "trained_tokens": p.train.trained_tokens,
+                 "eval_rows": len(p.held), "preview": d.preview(p.train.rows, p.tokenizer, 3)},
+        "history": trainer.state.log_history, "metrics": {"before": before, "after": after},
+        "samples": [{**a, "after": b["text"], "before": a["text"]} for a, b in zip(shown, shown_after, strict=True)],
+        "cost": {"train_seconds": seconds, "tokens_per_second": seen / seconds if seconds else None, "peak_memory_bytes": peak_memory(), "steps": steps,
+                 "threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"},
+        "modules": [{"name": n, "rank": r.get("rank"), "delta_norm": r["delta_norm"], "share": r["delta_norm"] / max(r["base_norm"], 1e-30)}
+                    for n, r in rows.items()],
+        "config": json.loads(run.model_dump_json()), "versions": versions(), "lineage": p.lineage, "labels": p.labels}
+
+
