@@ -14,26 +14,27 @@ def llama(tied: bool = False, seed: int = 0, layers: int = 2, **kw) -> nn.Module
     torch.manual_seed(seed)
     return tf.LlamaForCausalLM(tf.LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=32, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, **kw)).eval()
+        max_position_embeddings=32, tie_word_embeddings=tied, initializer_range=0.2, bos_token_id=1, eos_token_id=2, **kw)).eval()
 
 
 def gpt2(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)).eval()
+    return tf.GPT2LMHeadModel(tf.GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2, bos_token_id=1, eos_token_id=2)).eval()
 
 
 def bert(seed: int = 0, num_labels: int = 3) -> nn.Module:
     torch.manual_seed(seed)
     return tf.BertForSequenceClassification(tf.BertConfig(
         vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32,
-        num_labels=num_labels)).eval()
+        num_labels=num_labels, initializer_range=0.2)).eval()
 
 
 def opt(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return tf.OPTForCausalLM(tf.OPTConfig(
         vocab_size=VOCAB, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32)).eval()
+        max_position_embeddings=32, init_std=0.2)).eval()
 
 
 def vit(seed: int = 0) -> nn.Module:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError, near
 from lorakit.maps import Affine, Applied, Base, Map, Once, PerRow, Sum, same
 from lorakit.method import Method, Origin, Params
-from lorakit.sites import Site, site_for
+from lorakit.sites import Site, check_caller, site_for
 
 
 @dataclass
@@ -261,6 +261,7 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
         for path, method in plan.items():
             module = modules[path]
             done.append(path)
+            check_caller(modules.get(path.rpartition(".")[0]), path)
             slot = host(module, state, path)
             slot.methods[name], slot.dropout[name] = method, dropout
             _fill(slot, name, method, bank, start, absorb, generator(seed, path), freeze, empty)
@@ -293,7 +294,8 @@ def _bank(modules, plan: Mapping[str, Method], seed: int, freeze: tuple[str, ...
 
 def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, empty) -> None:
     site, module = slot.site, slot.module
-    device, base = _device(module, site), Base(slot.site)
+    device = _device(module, site)
+    base = slot.map(slot.state.active) if slot.state.chained else Base(site)  # around those in effect, or around the layer
     origin = Origin(lambda: base.weight().to("cpu", torch.float32), None if site.bias is None else site.bias.to("cpu"), site.lookup)
     keep = torch.promote_types(site.dtype, torch.float32)  # adapters never live below float32
     if empty or device.type == "meta":
@@ -304,7 +306,7 @@ def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, em
             start(method.core, p, origin, gen)
         if absorb:
             _absorb(slot, name, method.core, {k: p[k].clone() for k in method.core.leaves})
-        method.settle(p, origin())
+        method.settle(p, origin)
     for k, v in p.items():
         trains = method.leaves[k].trains and k not in freeze
         slot.put(name, k, bank[k] if k in bank else nn.Parameter(v.to(device, keep).contiguous(), trains))

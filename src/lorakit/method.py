@@ -168,7 +168,7 @@ class Method(ABC):
         two = self.two(p)
         return self.weight(p, f.weight()).norm(dim=1) if two is None else row_norm_of_sum(f.row_sq(), f.weight(), *two)
 
-    def settle(self, p: Params, W: Tensor) -> None:
+    def settle(self, p: Params, W: Thunk) -> None:
         """Sets leaves that depend on where the others started (DoRA's magnitude); called once, last."""
 
     def from_file(self, shapes: dict[str, tuple[int, ...]]) -> Method:

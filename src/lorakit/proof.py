@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit import host
 from lorakit.errors import LorakitError
-from lorakit.formats import peft
+from lorakit.formats import lineage, peft
 from lorakit.formats.folder import Folder, load
 from lorakit.formats.receipt import compare_bases, fingerprint, modules_table, probe
 from lorakit.models import load_base, task_of
@@ -104,19 +104,23 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None, merged:
     return out
 
 
-def load_base_for(folder: Folder, base: str | Path | None = None, dtype: str | None = None) -> nn.Module:
-    """The base model of a saved adapter: of the right task, with the right number of classes, in the dtype it was trained in."""
+def load_base_for(folder: Folder, base: str | Path | None = None, dtype: str | None = None, **options: Any) -> nn.Module:
+    """The base a saved adapter was trained on: the right task and number of classes, its dtype, earlier adapters merged in."""
     told = base if base is not None else folder.config.get("base_model_name_or_path")
     if not told:
         raise LorakitError("the adapter does not say which base it belongs to; mend: give --base")
-    info = (folder.receipt or {}).get("base", {})
+    receipt = folder.receipt or {}
+    info = receipt.get("base", {})
     dtype = dtype or next((t["dtype"] for t in info.get("tensors", {}).values()), None)
-    head = {}
-    for p, m in folder.methods.items():
-        if m.replaces and f"{peft.PREFIX}{p}.weight" in folder.tensors and folder.config.get("task_type") == "SEQ_CLS":
-            head["num_labels"] = folder.tensors[f"{peft.PREFIX}{p}.weight"].shape[0]
-    task = task_of(info["class"]) if "class" in info else ("sequence-classification" if head else "causal-lm")
-    return load_base(told, task, dtype=dtype, **head)
+    if folder.config.get("task_type") == "SEQ_CLS":
+        rows = [folder.tensors[f"{peft.PREFIX}{p}.weight"].shape[0] for p, m in folder.methods.items() if m.replaces]
+        options |= {"num_labels": rows[-1]} if rows else {}
+    task = task_of(info["class"]) if "class" in info else ("sequence-classification" if "num_labels" in options else "causal-lm")
+    model = load_base(told, task, dtype=dtype, **options)
+    if any(step["stage"] == "merge" for step in receipt.get("lineage", [])):
+        if lineage.apply(model, receipt["lineage"]):
+            host.detach(model)
+    return model
 
 
 def _files(out: Report, folder: Folder) -> None:
@@ -158,6 +162,8 @@ def _effect(out: Report, folder: Folder, model: nn.Module, name: str) -> None:
         out.add("effect", True, f"|dW| > 0 in {len(table) - len(zero)} modules, largest share {big[1]['delta_norm'] / big[1]['base_norm']:.2%} "
                 f"of |W| in {big[0]}{some}")
     for p, row in (folder.receipt or {}).get("modules", {}).items():
+        if p in folder.methods and folder.methods[p].replaces:  # a whole copy: its distance to a fresh random head means nothing
+            continue
         now = table.get(p, {}).get("delta_norm", 0.0)
         if abs(now - row["delta_norm"]) > 1e-3 * max(row["delta_norm"], 1e-12):
             out.add("norms", False, f"{p}: |dW| is {now:.6g}, it was {row['delta_norm']:.6g} when saved")

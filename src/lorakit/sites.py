@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.stores import store_for
+from lorakit.stores.dense import held
 
 
 class Site:
@@ -24,6 +25,7 @@ class Site:
     lookup = False  # the input is ids, not activations
     drops = True  # dropout on the input means something
     slides = False  # a convolution
+    common = True  # PEFT computes an adapter on this layer as we do, so its format can say it
 
     def __init__(self, module: nn.Module):
         self.module, self.store = module, store_for(module)
@@ -70,7 +72,7 @@ class Site:
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+        return held(self.module, "bias")
 
     def row_sq(self, weight: Callable[[], Tensor]) -> Tensor:
         """Squared row norms of the base weight (o,), kept until the weight changes."""
@@ -123,6 +125,8 @@ class ConvSite(Site):
     def __init__(self, module):
         self.n = len(module.kernel_size)
         self.raw, self.g = tuple(module.weight.shape[1:]), module.groups
+        # PEFT's first factor drops dilation and padding_mode, and its grouped factors are another matrix
+        self.common = self.g == 1 and module.padding_mode == "zeros" and set(module.dilation) == {1}
         super().__init__(module)
 
     def _conv(self, x, M, bias, groups):
@@ -184,6 +188,7 @@ REFUSED = {
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear":
         "nn.MultiheadAttention reads this layer's weight without calling it, so an adapter on it would be skipped silently",
 }
+FUSES = ("torch.nn.modules.transformer.TransformerEncoderLayer",)  # fast path in evaluation: one kernel over all weights
 
 
 def _qualified(cls: type) -> str:
@@ -207,17 +212,29 @@ def linear_like(module: nn.Module) -> bool:
     return site is not None and not site.lookup and not site.slides
 
 
+def refusal(module: nn.Module) -> str | None:
+    """Why no adapter can be put on a layer that looks like one that could carry it."""
+    return next((REFUSED[n] for c in type(module).__mro__ if (n := _qualified(c)) in REFUSED), None)
+
+
+def check_caller(parent: nn.Module | None, path: str) -> None:
+    """LorakitError where the module around a layer reads its weight without calling it."""
+    if parent is not None and _qualified(type(parent)) in FUSES and torch.backends.mha.get_fastpath_enabled():
+        raise LorakitError(f"{path}: {type(parent).__name__} reads this layer's weight without calling it when it evaluates, so an adapter would "
+                           "be skipped silently; mend: torch.backends.mha.set_fastpath_enabled(False) first")
+
+
 def site_for(module: nn.Module, path: str = "") -> Site:
-    """The site of a layer. TypeError for an unknown layer, or one whose class computes something of its own."""
+    """The site of a layer. LorakitError for an unknown layer, or one whose class computes something of its own."""
     cls = type(module)
+    if why := refusal(module):
+        raise LorakitError(f"{path or cls.__name__}: {why}")
     for base in cls.__mro__:
         name = _qualified(base)
-        if name in REFUSED:
-            raise TypeError(f"{path or cls.__name__}: {REFUSED[name]}")
         if name in SITES:
             if cls.forward is not base.forward:
-                raise TypeError(f"{path or cls.__name__}: {_qualified(cls)} has a forward of its own, not {base.__name__}'s; an adapter "
-                                "would compute something else. Mend: register a Site for it in lorakit.sites.SITES")
+                raise LorakitError(f"{path or cls.__name__}: {_qualified(cls)} has a forward of its own, not {base.__name__}'s; an adapter "
+                                   "would compute something else. Mend: register a Site for it in lorakit.sites.SITES")
             return SITES[name](module)
     known = ", ".join(n.rsplit(".", 1)[1] for n in SITES)
-    raise TypeError(f"{path or 'this module'} is a {cls.__name__}; adapters can be put on {known}")
+    raise LorakitError(f"{path or 'this module'} is a {cls.__name__}; adapters can be put on {known}")

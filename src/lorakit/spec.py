@@ -102,7 +102,7 @@ def matched(what: str, patterns: Mapping[str, Any], paths: Sequence[str], strict
 
 
 def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], empty: bool = False) -> None:
-    """Puts a composition on the model for a plan already made (path -> method) and makes it the active adapter.
+    """Puts a composition on the model for a plan already made (path -> method) and makes it the active adapter (the last, in a chain).
 
     empty: leaves are left unset, about to be loaded.
     """
@@ -119,5 +119,4 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
 
     state = host.attach(model, name, plan, spec, dropout=spec.dropout, freeze=spec.freeze, start=start if init else None,
                         absorb=absorb, seed=spec.seed, empty=empty)
-    if not state.chained:
-        state.active = {name: 1.0}
+    state.active = state.active | {name: 1.0} if state.chained else {name: 1.0}

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorakit.errors import LorakitError, near
-from lorakit.sites import adaptable, linear_like
+from lorakit.sites import adaptable, linear_like, refusal
 
 KEYWORDS = ("all-linear", "attention", "mlp")
 _ATTENTION = re.compile(r"attn|attention", re.I)
@@ -91,7 +91,8 @@ def _unmatched(name: str, every: dict[str, nn.Module], what: str) -> str:
     bad = next((m for p, m in every.items() if p == name or p.endswith("." + name)), None)
     if bad is not None:
         inside = sorted({p.rsplit(".", 1)[1] for p, m in every.items() if f"{name}." in p and adaptable(m)})
-        hint = f"; mend: name the layers inside it: {', '.join(inside)}" if inside else ""
+        why = refusal(bad)
+        hint = f": {why}" if why else f"; mend: name the layers inside it: {', '.join(inside)}" if inside else ""
         return f"{what}: `{name}` is a {type(bad).__name__}, which no adapter can be put on{hint}"
     leaves = {p.rsplit(".", 1)[-1] for p, m in every.items() if adaptable(m)}
     return f"{what}: no module is called `{name}`{near(name, sorted(leaves)) or '; adaptable are ' + ', '.join(sorted(leaves)[:12])}"

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakit import api
 from lorakit.errors import LorakitError
+from lorakit.formats import lineage
 from lorakit.formats.folder import Folder
 from lorakit.models import load_base, load_tokenizer
 from lorakit.proof import load_base_for
@@ -32,5 +33,8 @@ def ready(adapter: Path | None, base: str | None, check: bool = True) -> tuple[n
     if adapter is None:
         name = base or "embedded"
         return load_base(name, dtype="float32"), load_tokenizer(name)
-    model = model_for(adapter, base, "float32")
-    return api.load(model, adapter, check_base=check), load_tokenizer(base_of(adapter, base))
+    model, folder = model_for(adapter, base, "float32"), Folder(adapter)
+    steps = [s for s in (folder.receipt or {}).get("lineage", []) if s["stage"] == "freeze"]
+    frozen = lineage.apply(model, steps)
+    api.load(model, adapter, check_base=check)
+    return api.activate(model, *frozen, "default", chain=bool(frozen)), load_tokenizer(base_of(adapter, base))

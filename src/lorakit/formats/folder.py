@@ -48,7 +48,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
     export = _Export(model, slots, name, form)
     base = base_info(model) | {"transposed": bool(slots) and all(s.site.transposed and not s.site.lookup for s in slots.values())}
     every = [n for n, m in model.named_modules() if adaptable(m)]
-    config = peft.config_of(spec, export.methods, base, every)
+    config = peft.config_of(spec, export.methods, base, every, own=not all(s.site.common for s in slots.values()))
     receipt = _receipt(model, name, spec, export, config, base, lineage)
     _no_empty(export.tensors, path)
     with writing(path) as out:

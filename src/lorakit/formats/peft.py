@@ -62,14 +62,14 @@ def expected(slots: Mapping[str, Slot], name: str) -> dict[str, tuple[Slot, str]
             for path, slot in slots.items() for leaf in slot.shapes(name)}
 
 
-def config_of(spec: Spec, methods: Mapping[str, Method], base: Mapping[str, Any], all_paths: list[str]) -> dict[str, Any]:
-    """adapter_config.json for methods at paths: PEFT's where it can say this, else our own."""
+def config_of(spec: Spec, methods: Mapping[str, Method], base: Mapping[str, Any], all_paths: list[str], own: bool = False) -> dict[str, Any]:
+    """adapter_config.json for methods at paths: PEFT's where it can say this, else, or where asked to, our own."""
     adapted = {p: m for p, m in methods.items() if not m.replaces}
     saved = [p for p, m in methods.items() if m.replaces]
     common = {"base_model_name_or_path": base.get("name"), "revision": base.get("revision"), "task_type": base.get("task_type"),
               "inference_mode": True}
     configs = {p: m.to_peft() for p, m in adapted.items()}
-    if not adapted or any(c is None for c in configs.values()) or len({_kind(c) for c in configs.values()}) > 1:
+    if own or not adapted or any(c is None for c in configs.values()) or len({_kind(c) for c in configs.values()}) > 1:
         return common | {"peft_type": OWN, "lorakit_format": FORMAT, "modules": {p: m.to_dict() for p, m in methods.items()}}
     most = {k: Counter(c[k] for c in configs.values()).most_common(1)[0][0] for k in ("r", "lora_alpha") if k in next(iter(configs.values()))}
     return DEFAULTS | common | next(iter(configs.values())) | most | {

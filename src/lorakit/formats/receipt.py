@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.host import Host, Leaves, slots, state_of
+from lorakit.stores.dense import held
 
 SAMPLE = 65_536
 PROBE_ROWS, PROBE_LENGTH, PROBE_KEEP = 3, 12, 8
@@ -38,6 +39,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
                 t = slot.absorbed.kept
             if isinstance(t, Tensor) and id(t) not in mine and id(t) not in seen:
                 seen.add(id(t))
+                t = held(module, k) if t.device.type == "meta" else t
                 out[f"{path}.{k}" if path else k] = t
     return out
 

@@ -30,7 +30,7 @@ class Magnitude(Wrapper):
 
     def settle(self, p, W):
         self.inner.settle(p, W)
-        p["m"].copy_(self.inner.weight(p, W).norm(dim=1))
+        p["m"].copy_(self.inner.weight(p, W()).norm(dim=1))
 
     def gain(self, p, norm):  # (o,); a row that is all zero stays so
         return p["m"] / norm.clamp_min(torch.finfo(norm.dtype).tiny)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorakit.errors import LorakitError
 from lorakit.stores.dense import Dense, Store
 
 STORES: dict[str, type[Store]] = {"dense": Dense}
@@ -14,4 +15,4 @@ def store_for(module: nn.Module) -> Store:
     for cls in reversed(STORES.values()):
         if cls.claims(module):
             return cls(module)
-    raise TypeError(f"no store can read the weight of {type(module).__name__}")
+    raise LorakitError(f"no store can read the weight of {type(module).__name__}")

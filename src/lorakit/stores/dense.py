@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lorakit.errors import LorakitError
+
 
 class Store(ABC):
     """Reads and writes one layer's weight in its raw layout, and runs the layer's own kernel.
@@ -45,6 +47,16 @@ class Store(ABC):
         ...
 
 
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of a module; one that accelerate has offloaded, as the value its hook keeps."""
+    t = getattr(module, name, None)
+    if isinstance(t, Tensor) and t.device.type == "meta":
+        hook = getattr(module, "_hf_hook", None)
+        kept = getattr(hook, "weights_map", None)
+        return t if kept is None else kept[name].to(hook.execution_device)
+    return t
+
+
 class Dense(Store):
     """A floating-point `weight` parameter."""
 
@@ -56,9 +68,12 @@ class Dense(Store):
         return isinstance(W, Tensor) and W.is_floating_point()
 
     def read(self):
-        return self.module.weight
+        return held(self.module, "weight")
 
     def write(self, W):
+        if self.module.weight.device.type == "meta":
+            raise LorakitError("this weight is offloaded (or was never loaded), so writing it would be lost at the next call; "
+                               "mend: load the model without offload")
         W = W.detach().to(self.module.weight.dtype).contiguous()
         self.module.weight = nn.Parameter(W, requires_grad=False)
 

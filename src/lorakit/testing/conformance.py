@@ -331,7 +331,7 @@ def check_frozen_leaves(c: Case) -> None:
     trains = [k for k, leaf in c.method.leaves.items() if leaf.trains]
     if len(trains) < 2:
         return
-    model, x = c.make(noisy=False, freeze=(trains[0],))
+    model, _ = c.make(noisy=False, freeze=(trains[0],))
     s = slot_of(model)
     assert [k for k, v in s.params("a").items() if v.requires_grad] == [k for k in s.shapes("a") if k in trains[1:]]
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from lorakit import api, host
 from lorakit.errors import LorakitError
+from lorakit.formats import lineage
 from lorakit.formats.files import writing
 from lorakit.formats.folder import Folder
 from lorakit.formats.receipt import modules_table, versions
 from lorakit.hooks.base import build
 from lorakit.models import load_base, load_tokenizer
-from lorakit.proof import verify
-from lorakit.spec import Spec
+from lorakit.proof import load_base_for, verify
 from lorakit.training import data as d
 from lorakit.training.bridge import AdapterTrainer
 from lorakit.training.config import Run
@@ -104,25 +105,16 @@ def build_model(p: Prepared, say: Say = print) -> nn.Module:
     spec = run.spec()
     if run.from_adapter is None:
         return api.adapt(model, spec)
-    stage, path = run.from_adapter.stage, run.from_adapter.path
-    before = Folder(path)
-    p.lineage = [*(before.receipt or {}).get("lineage", []), {"adapter": str(path), "stage": stage, "base": (before.receipt or {}).get("base", {}).get("digest"),
-                                                            "files": (before.receipt or {}).get("files")}]
-    return _staged(model, spec, before, stage, say)
-
-
-def _staged(model: nn.Module, spec: Spec, before: Folder, stage: str, say: Say) -> nn.Module:
-    if stage == "continue":
+    before = Folder(run.from_adapter.path)
+    p.lineage = lineage.entry(before, run.from_adapter.stage)
+    frozen = lineage.apply(model, p.lineage)
+    api.untie(model)
+    if run.from_adapter.stage == "continue":
         say(f"continuing {before.path}: its method and targets hold, the run's adapter settings do not")
-        return api.load(model, before.path, trainable=True)
-    api.load(model, before.path, "before")
-    if stage == "merge":
-        api.merge(model)
-        host.unload(model)
-        api.untie(model)
-        return api.adapt(model, spec)
-    api.adapt(model, spec)
-    return api.activate(model, "before", "default", chain=True)
+        api.load(model, before.path, trainable=True)
+    else:
+        api.adapt(model, spec)
+    return api.activate(model, *frozen, "default", chain=bool(frozen))
 
 
 def arguments(run: Run, rows: int) -> TrainingArguments:
@@ -192,11 +184,10 @@ def train(run: Run, *, resume: bool = False, say: Say = print) -> dict[str, Any]
         raise LorakitError(f"packing: {type(model).__name__} lets packed rows attend to each other; mend: packing: false")
     with writing(out) as w:
         w.text("config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
-    measure = lambda: evaluate(model, p)  # noqa: E731
-    before, shown = measure(), samples(model, p)
+    before, shown = evaluate(model, p), samples(model, p)
     say("before: " + _metrics(before))
     trainer = _trainer(p, model, hooks)
-    trainer.measure = measure
+    trainer.measure = partial(evaluate, model, p)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Lines(say))
     started = time.perf_counter()
@@ -205,11 +196,11 @@ def train(run: Run, *, resume: bool = False, say: Say = print) -> dict[str, Any]
     trainer.evaluate()
     after, shown_after = trainer.measured[1], samples(model, p)
     say("after:  " + _metrics(after))
-    adapter = api.save(model, out / "adapter", "default", form="auto" if not _stacked(run) else "native", lineage=p.lineage)
+    adapter = api.save(model, out / "adapter", "default", lineage=p.lineage)
     record = _record(p, model, trainer, before, after, shown, shown_after, seconds, result, adapter)
-    del trainer, model, measure
+    del trainer, model
     gc.collect()
-    record["verify"] = proof(run, p, adapter)
+    record["verify"] = proof(run, adapter)
     record["adapter"]["bytes"] = sum(f.stat().st_size for f in adapter.iterdir() if f.suffix == ".safetensors")
     with writing(out) as w:
         w.json("run.json", record)
@@ -217,19 +208,10 @@ def train(run: Run, *, resume: bool = False, say: Say = print) -> dict[str, Any]
     return record
 
 
-def _stacked(run: Run) -> bool:
-    return run.from_adapter is not None and run.from_adapter.stage == "freeze"
-
-
-def proof(run: Run, p: Prepared, adapter: Path) -> dict[str, Any]:
+def proof(run: Run, adapter: Path) -> dict[str, Any]:
     """Verifies the saved adapter on a base read from disk anew."""
-    extra = {"num_labels": len(p.labels), "pad_token_id": p.tokenizer.pad_token_id} if p.labels else {}
-    base = load_base(run.base.path, p.task, dtype=run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code, **extra)
-    if run.from_adapter and run.from_adapter.stage == "merge":
-        api.load(base, run.from_adapter.path, "before")
-        api.merge(base)
-        host.unload(base)
-        api.untie(base)
+    folder = Folder(adapter)
+    base = load_base_for(folder, run.base.path, run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code)
     return verify(adapter, base).to_dict()
 
 
