@@ -20,7 +20,7 @@ import lorakit
 from lorakit import LorakitError, host
 from lorakit.methods.lora import LoRA
 
-NAMES = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "bert": ["query", "dense"], "opt": ["q_proj", "fc1"]}
+NAMES = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "bert": ["query", "dense"], "opt": ["q_proj", "v_proj"]}
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def test_detach_gives_back_the_very_model(whole, method):
     for n, p in whole.named_parameters():
         p.requires_grad_("bias" not in n and "norm" not in n)  # some trained before, some did not
     was, y, keys = picture(whole), logits(whole), list(whole.state_dict())
-    targets = NAMES[type(whole).__name__.lower()[:4].removesuffix("f")]
+    targets = NAMES[whole.config.model_type]
     shake(lorakit.adapt(whole, method, target_modules=targets, r=2) if method != "full" else lorakit.adapt(whole, method, target_modules=targets))
     shake(lorakit.adapt(whole, "dora", name="second", target_modules="all-linear", r=3), "second")
     assert not torch.equal(logits(whole), y)
@@ -126,7 +126,7 @@ def test_a_replaced_forward_is_refused(llama):
 
 def test_multi_head_attention_output_is_refused_with_the_reason():
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(LorakitError, match="out_proj.*MultiheadAttention reads this layer's weight without calling it"):
+    with pytest.raises(LorakitError, match=r"out_proj.*MultiheadAttention reads this layer's weight without calling it"):
         lorakit.adapt(block, r=2, target_modules=["out_proj"])
     with pytest.raises(LorakitError, match="without calling it"):
         host.site_for(block.self_attn.out_proj)
@@ -160,7 +160,7 @@ class Quiet(nn.Linear):
 
 def test_a_subclass_with_its_own_forward_is_refused_and_one_without_is_not():
     model = nn.Sequential(Shouting(4, 4), Quiet(4, 4))
-    with pytest.raises(LorakitError, match="0: .*Shouting has a forward of its own, not Linear's"):
+    with pytest.raises(LorakitError, match=r"0: .*Shouting has a forward of its own, not Linear's"):
         lorakit.adapt(model, r=2, target_modules=["0", "1"])
     lorakit.adapt(model, r=2, target_modules=["1"])
     assert isinstance(model[1], Quiet) and model[1].note == "kept" and type(model[1]).__name__ == "AdaptedQuiet"
@@ -179,7 +179,7 @@ def test_names_of_adapters(name, why, llama):
 
 def test_a_second_adapter_of_the_same_name_is_refused(llama):
     lorakit.adapt(llama, r=2)
-    with pytest.raises(LorakitError, match="already has an adapter `default`; mend: another name, or lorakit.delete"):
+    with pytest.raises(LorakitError, match=r"already has an adapter `default`; mend: another name, or lorakit\.delete"):
         lorakit.adapt(llama, r=4)
 
 
@@ -200,7 +200,7 @@ def test_order_of_merge_and_the_rest(llama):
         lorakit.unmerge(llama)
     lorakit.merge(llama)
     for verb in (lorakit.merge, lambda m: lorakit.activate(m, "default"), lambda m: lorakit.delete(m, "default"), lambda m: lorakit.adapt(m, name="b")):
-        with pytest.raises(LorakitError, match="merged.*mend: lorakit.unmerge"):
+        with pytest.raises(LorakitError, match=r"merged.*mend: lorakit\.unmerge"):
             verb(llama)
     lorakit.unmerge(llama)
     lorakit.activate(llama)
@@ -298,7 +298,7 @@ def test_an_offloaded_model_is_adapted_as_one_in_memory(method, tmp_path):
     assert model.lm_head.weight.device.type == "meta"
     shake(lorakit.adapt(model, method, r=2))
     assert torch.equal(logits(model), logits(plain))
-    with pytest.raises(LorakitError, match="offloaded.*mend: load the model without offload"):
+    with pytest.raises(LorakitError, match=r"offloaded.*mend: load the model without offload"):
         lorakit.merge(model)
     assert torch.equal(logits(model), logits(plain)), "a refused merge must leave the model alone"
     lorakit.save(model, tmp_path)
@@ -316,16 +316,13 @@ def test_disk_offload_with_a_device_map(tmp_path):
     assert torch.equal(logits(model), logits(plain))
 
 
-def test_offloading_an_adapted_model_fails_loudly_or_works(llama):
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_offloading_an_adapted_model(method, llama):
+    """accelerate offloads the leaves too, and hooks holders that are never called: they must come from its map."""
     accelerate = pytest.importorskip("accelerate")
-    y = logits(shake(lorakit.adapt(llama, r=2)))
+    y = logits(shake(lorakit.adapt(llama, method, r=2)))
     accelerate.cpu_offload(llama, execution_device=torch.device("cpu"))
-    try:
-        now = logits(llama)
-    except RuntimeError as e:
-        assert "meta" in str(e)
-    else:
-        assert torch.equal(now, y)
+    assert torch.equal(logits(llama), y)
 
 
 # Several adapters
@@ -354,23 +351,23 @@ def test_switching_walks_no_modules(llama, monkeypatch):
         lorakit.adapt(llama, r=2, name=n)
     states = {id(s.state) for s in host.slots(llama).values()}
     assert len(states) == 1, "one state for the whole model"
-    state, seen = host.state_of(llama), []
-    every = nn.Module.named_modules
+    state, seen, every = host.state_of(llama), [], list(llama.modules())
+    first = next(n for n, m in enumerate(every) if isinstance(m, host.Host))
 
     def counted(self, *args, **kw):
-        for item in every(self, *args, **kw):
-            seen.append(item[0])
-            yield item
+        for m in every:
+            seen.append(m)
+            yield m
 
-    monkeypatch.setattr(nn.Module, "named_modules", counted)
-    monkeypatch.setattr(host, "slots", None)  # whoever walks the slots fails
-    first = next(n for n, m in every(llama) if isinstance(m, host.Host))
+    monkeypatch.setattr(nn.Module, "modules", counted)
+    for name in ("slots", "_strip", "host"):
+        monkeypatch.setattr(host, name, None)  # whoever walks the layers fails
+    monkeypatch.setattr(nn.Module, "named_modules", None)
     lorakit.activate(llama, "a", "c", weights=[1.0, 0.5])
     assert state.active == {"a": 1.0, "c": 0.5}
-    assert seen[-1:] in ([first], []), "switching goes past the first adapted layer"
     with lorakit.disabled(llama), lorakit.rows(llama, ["a", None]):
         pass
-    assert seen.count(first) == len([s for s in seen if s == ""]), "each look for the state stops at the first adapted layer"
+    assert len(seen) <= 3 * (first + 1), "the state is found at the first adapted layer; no verb goes past it"
 
 
 def test_rows_restore_what_was_active_also_after_an_error(llama):
@@ -386,7 +383,7 @@ def test_rows_restore_what_was_active_also_after_an_error(llama):
 
 
 def test_rows_of_a_whole_model(whole):
-    targets = NAMES[type(whole).__name__.lower()[:4].removesuffix("f")]
+    targets = NAMES[whole.config.model_type]
     base, out = logits(whole), {}
     for k, n in enumerate("ab"):
         shake(lorakit.adapt(whole, ["lora", "dora"][k], r=2 + k, name=n, target_modules=targets), n, k)
@@ -395,6 +392,25 @@ def test_rows_of_a_whole_model(whole):
         y = logits(whole)
     for k, want in enumerate((out["b"], base, out["a"])):
         assert float((y[k] - want[k]).abs().max()) < 1e-5
+
+
+def test_rows_where_a_model_folds_batch_and_tokens_are_refused(opt):
+    """OPT's feed-forward layers see (batch * tokens, width): which row a vector belongs to is not known there."""
+    lorakit.adapt(opt, r=2, target_modules=["fc1"])
+    with pytest.raises(ValueError, match="a mixed batch of 3 rows got an input whose first dimension is 21"), lorakit.rows(opt, ["default", None, None]):
+        logits(opt)
+
+
+def test_norms_follow_a_change_of_dtype():
+    model, x = Two(), x12()
+    shake(lorakit.adapt(model, "dora", r=2, target_modules=["wide"]))
+    model(x)
+    model.double()
+    slot = model.wide.slot
+    exact = slot.map({"default": 1.0}).weight().norm(dim=1)
+    assert exact.dtype == torch.float64 and float((exact - slot.params("default")["m"].abs()).abs().max()) < 1e-12
+    kept = slot.map({}).row_sq()
+    assert kept.dtype == torch.float64 and torch.equal(kept, model.wide.weight.detach().square().sum(1))
 
 
 # Copies

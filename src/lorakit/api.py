@@ -90,7 +90,7 @@ def freeze(model: nn.Module, name: str) -> nn.Module:
     """The adapter stays in effect but does not train."""
     host.known(model, [name])
     for slot in host.slots(model, name).values():
-        for t in slot.params(name).values():
+        for t in slot.whole(name).values():
             t.requires_grad_(False)
     return model
 

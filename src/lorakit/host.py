@@ -22,6 +22,7 @@ from lorakit.errors import LorakitError, near
 from lorakit.maps import Affine, Applied, Base, Map, Once, PerRow, Sum, same
 from lorakit.method import Method, Origin, Params
 from lorakit.sites import Site, check_caller, site_for
+from lorakit.stores.dense import held
 
 
 @dataclass
@@ -71,12 +72,19 @@ class Slot:
 
     def params(self, adapter: str) -> Params:
         """The adapter's tensors on this layer; a shared one as the corner that fits here."""
-        method, out = self.methods[adapter], {}
-        for leaf, spec in method.leaves.items():
+        leaves, out = self.methods[adapter].leaves, self.whole(adapter)
+        for leaf, t in out.items():
+            if leaves[leaf].shared:
+                out[leaf] = t[tuple(slice(n) for n in self.shapes(adapter)[leaf])]
+        return out
+
+    def whole(self, adapter: str) -> Params:
+        """The adapter's tensors on this layer as they are stored, a shared one whole."""
+        out = {}
+        for leaf in self.methods[adapter].leaves:
             holder = self.module._modules.get(self.attr(adapter, leaf))
             if holder is not None and adapter in holder._parameters:
-                t = holder._parameters[adapter]
-                out[leaf] = t[tuple(slice(n) for n in self.shapes(adapter)[leaf])] if spec.shared else t
+                out[leaf] = held(holder, adapter)
         return out
 
     def shapes(self, adapter: str) -> dict[str, list[int]]:

@@ -42,7 +42,7 @@ def where(base: str | Path) -> str:
         return str(path)
     if path.exists() or text.startswith(("/", "./", "../", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", text):
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise LorakitError(f"there is no model folder {path}{near(path.name, beside) if beside else ''}")
+        raise LorakitError(f"there is no model folder {path}{near(path.name, beside, listing=False) if beside else ''}")
     return text
 
 

@@ -30,7 +30,7 @@ class Site:
     def __init__(self, module: nn.Module):
         self.module, self.store = module, store_for(module)
         self.out, self.in_ = self.view(self.store.read()).shape
-        self._row_sq: tuple[object, int, Tensor] | None = None
+        self._row_sq: tuple[object, tuple, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,10 +75,13 @@ class Site:
         return held(self.module, "bias")
 
     def row_sq(self, weight: Callable[[], Tensor]) -> Tensor:
-        """Squared row norms of the base weight (o,), kept until the weight changes."""
+        """Squared row norms of the base weight (o,), kept until the weight changes; a compiled graph keeps nothing."""
+        if torch.compiler.is_compiling():
+            return weight().detach().square().sum(1)
         W = self.store.read()
-        if self._row_sq is None or self._row_sq[0] is not W or self._row_sq[1] != W._version:
-            self._row_sq = (W, W._version, weight().detach().square().sum(1))
+        now = (W._version, W.data_ptr(), W.dtype)  # `model.to(...)` swaps the data under the same object
+        if self._row_sq is None or self._row_sq[0] is not W or self._row_sq[1] != now:
+            self._row_sq = (W, now, weight().detach().square().sum(1))
         return self._row_sq[2]
 
     def pack(self, t: Tensor, axes: str) -> Tensor:

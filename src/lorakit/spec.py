@@ -77,7 +77,7 @@ class Spec:
 
 def _whole(model: nn.Module, names: Sequence[str]) -> list[str]:
     """modules_to_save may name a container (a two-layer head): the layers inside stand for it."""
-    every, out = dict(model.named_modules()), []
+    every, out = {n: m for n, m in model.named_modules() if not isinstance(m, host.Leaves)}, []
     for name in names:
         inside = [n for n in every if n.startswith(name + ".") and next(every[n].parameters(recurse=False), None) is not None]
         out += inside or [name]

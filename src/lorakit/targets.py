@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorakit.errors import LorakitError, near
+from lorakit.host import Leaves
 from lorakit.sites import adaptable, linear_like, refusal
 
 KEYWORDS = ("all-linear", "attention", "mlp")
@@ -122,7 +123,7 @@ def layer_numbers(layers: str | int | Sequence[int]) -> set[int]:
 def select(model: nn.Module, targets: str | Sequence[str] = "all-linear", exclude: str | Sequence[str] = (),
            layers: str | int | Sequence[int] | None = None, layers_pattern: str | None = None) -> list[str]:
     """Paths of the target modules, in model order. Raises LorakitError where nothing, or one of several names, matches."""
-    every = {n: m for n, m in model.named_modules() if n and ".lora" not in n}
+    every = {n: m for n, m in model.named_modules() if n and not isinstance(m, Leaves)}
     out = _by(model, targets, every, "target_modules")
     if exclude:
         gone = set(_by(model, exclude, every, "exclude_modules"))

@@ -6,7 +6,6 @@ import sys
 import traceback
 from importlib import import_module
 
-import click
 import typer
 from rich.console import Console
 
@@ -36,14 +35,11 @@ def run(application: typer.Typer) -> int:
     for verb in VERBS:
         import_module(f"lorakit.cli.{verb}")
     try:
-        return application(standalone_mode=False) or 0
+        application()
+    except SystemExit as e:  # how typer ends, also after a usage error of its own
+        return e.code if isinstance(e.code, int) else 0
     except LorakitError as e:
         err.print(f"error: {e}", style="red", markup=False)
-    except click.exceptions.Abort:
-        return 130
-    except click.ClickException as e:
-        e.show()
-        return e.exit_code
     except KeyboardInterrupt:
         return 130
     except OSError as e:

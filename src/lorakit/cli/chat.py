@@ -1,4 +1,8 @@
-"""lorakit chat: a conversation in the terminal."""
+"""lorakit chat: a conversation in the terminal.
+
+    lorakit chat --adapter runs/a/adapter
+    lorakit chat --adapter runs/clinc/adapter --template "_[inst] {prompt}_[/inst]"
+"""
 
 from __future__ import annotations
 

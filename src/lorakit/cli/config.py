@@ -1,4 +1,8 @@
-"""lorakit config: the schema and an example."""
+"""lorakit config: every setting, as an example or a schema.
+
+    lorakit config example > run.yaml
+    lorakit config schema > schema.json
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""lorakit env: what a bug report needs."""
+"""lorakit env: what a bug report needs.
+
+    lorakit env --json
+"""
 
 from __future__ import annotations
 

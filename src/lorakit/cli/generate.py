@@ -1,4 +1,8 @@
-"""lorakit generate: text from a base, with or without an adapter."""
+"""lorakit generate: text from a base, with or without an adapter.
+
+    lorakit generate "The for statement" --adapter runs/a/adapter --compare
+    echo "def main" | lorakit generate - --max-new-tokens 20
+"""
 
 from __future__ import annotations
 

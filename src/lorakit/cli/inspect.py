@@ -1,4 +1,8 @@
-"""lorakit inspect: what is in an adapter."""
+"""lorakit inspect: what is in an adapter.
+
+    lorakit inspect runs/a/adapter
+    lorakit inspect runs/a/adapter --json
+"""
 
 from __future__ import annotations
 

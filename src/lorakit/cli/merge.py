@@ -1,4 +1,11 @@
-"""lorakit merge: base + adapter as a plain model."""
+"""lorakit merge: base + adapter as a plain model.
+
+    lorakit merge runs/a/adapter -o merged
+    lorakit merge runs/a/adapter -o merged --dtype bfloat16
+
+The folder appears whole or not at all; it is read back from disk and verified before the verb ends. Where an adapted
+embedding was tied to the head, the two part, and the configuration says so.
+"""
 
 from __future__ import annotations
 

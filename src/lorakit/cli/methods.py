@@ -1,4 +1,10 @@
-"""lorakit methods: everything the library knows by name."""
+"""lorakit methods: everything the library knows by name.
+
+    lorakit methods
+    lorakit methods show dora
+    lorakit methods show 2402.09353
+    lorakit methods --kind init --json
+"""
 
 from __future__ import annotations
 

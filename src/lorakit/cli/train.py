@@ -1,4 +1,20 @@
-"""lorakit train: data to verified adapter."""
+"""lorakit train: data to verified adapter.
+
+    lorakit config example > run.yaml            # every setting, commented
+    lorakit train run.yaml --dry-run             # shows the data decoded, with what is trained marked, and the sizes
+    lorakit train run.yaml --set adapter.method=dora --set train.learning_rate=1e-3
+    lorakit train run.yaml --resume              # after a crash: goes on from the last checkpoint, to the bit
+    lorakit train run.yaml --from-adapter runs/a/adapter --stage freeze
+
+Data may be JSONL, JSON, CSV, Parquet or text, a file, a folder or a hub name; `messages`, ShareGPT, Alpaca, prompt and
+completion, text, and text with a label are told apart by their columns. The loss is on answers only unless you say otherwise.
+
+The run folder holds `config.yaml` (resolved, runs again), `checkpoint-*`, `adapter/` (a PEFT folder with a receipt),
+`run.json`, `loss.png` and `report.html`. The saved adapter is verified on a base that is read from disk anew.
+
+Stages of `--from-adapter`: `continue` trains the same adapter on; `freeze` trains a new one around the old, which stays;
+`merge` trains a new one on the merged base. The receipt keeps the lineage, and `verify`, `generate` and `chat` follow it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""lorakit verify: proof that an adapter is in effect."""
+"""lorakit verify: proof that an adapter is in effect.
+
+    lorakit verify runs/a/adapter
+    lorakit verify runs/a/adapter --base ./base --merged ./merged
+
+Points: the files are those the receipt was written for; the base has the fingerprint of the one trained on (else the
+tensors that differ are named); every tensor found its place; no update is zero, and each has the size it had; logits on
+fixed inputs are those of the day of saving. With `--merged`: every merged weight is base + adapter, and so are the logits.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorakit.errors import LorakitError
@@ -51,10 +51,9 @@ def recover(folder: Path) -> None:
     if not journal.is_file():
         return
     for name in json.loads(journal.read_text(encoding="utf-8")):
-        temporary = folder / f"{PREFIX}{name}"
-        if temporary.exists():
-            os.replace(temporary, folder / name)
-    journal.unlink()
+        with suppress(FileNotFoundError):  # done before, or just now by another process that opened the folder
+            os.replace(folder / f"{PREFIX}{name}", folder / name)
+    journal.unlink(missing_ok=True)
 
 
 def _clean(folder: Path) -> None:

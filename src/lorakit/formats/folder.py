@@ -156,7 +156,7 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             there = [p.name for p in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
-            raise LorakitError(f"there is no adapter folder {self.path}{near(self.path.name, there) if there else ''}")
+            raise LorakitError(f"there is no adapter folder {self.path}{near(self.path.name, there, listing=False) if there else ''}")
         recover(self.path)
         self.config = read_json(self.path / peft.CONFIG)
         self.tensors = peft.read_tensors(self.path / peft.TENSORS)

@@ -49,7 +49,7 @@ class Store(ABC):
 
 def held(module: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer of a module; one that accelerate has offloaded, as the value its hook keeps."""
-    t = getattr(module, name, None)
+    t = module._parameters[name] if name in module._parameters else getattr(module, name, None)
     if isinstance(t, Tensor) and t.device.type == "meta":
         hook = getattr(module, "_hf_hook", None)
         kept = getattr(hook, "weights_map", None)

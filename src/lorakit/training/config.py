@@ -179,7 +179,7 @@ def read(path: str | Path | None, sets: Sequence[str] = ()) -> Run:
         file = Path(path)
         if not file.is_file():
             beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-            raise LorakitError(f"there is no configuration file {file}{near(file.name, beside) if beside else ''}")
+            raise LorakitError(f"there is no configuration file {file}{near(file.name, beside, listing=False) if beside else ''}")
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as e:
