@@ -76,8 +76,8 @@ def main() -> None:
     for library, got in rows.items():
         em = [g["exact match"] for g in got]
         sd = statistics.stdev(em) if len(em) > 1 else float("nan")
-        lines.append(f"| {library} | {statistics.mean(em):.1%} ± {sd:.1%} | {', '.join(f'{e:.1%}' for e in em)} | {statistics.mean(g['loss'] for g in got):.3f} "
-                     f"| {statistics.median(g['seconds'] for g in got):.0f} | {got[0]['trainable']:,} |")
+        lines.append(f"| {library} | {statistics.mean(em):.1%} ± {sd:.1%} | {', '.join(f'{e:.1%}' for e in em)} "
+                     f"| {statistics.mean(g['loss'] for g in got):.3f} | {statistics.median(g['seconds'] for g in got):.0f} | {got[0]['trainable']:,} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if a.out:

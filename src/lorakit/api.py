@@ -155,13 +155,10 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, trainable
     (`check_base`), and with `probe` the logits must be those of the day it was saved. Raises LorakitError otherwise and
     leaves the model as it was. trainable: the leaves train again; the default is inference.
     """
-    read = folder.load(model, path, name, check_base)
-    if probe and read.receipt:
-        try:
+    with host.tentative(model, name):
+        read = folder.load(model, path, name, check_base)
+        if probe and read.receipt:
             check_probe(model, name, read)
-        except LorakitError:
-            host.delete(model, name)
-            raise
     return model if trainable else freeze(model, name)
 
 

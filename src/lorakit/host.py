@@ -8,7 +8,8 @@ active; every hosted layer points at it, so switching is one assignment and not 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import MethodType
@@ -157,10 +158,11 @@ class Host:
 
     slot: Slot
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         if self.slot.idle():
-            return super().forward(x, *args, **kwargs)
-        if args or kwargs:
+            return super().forward(*args, **kwargs)
+        x, *more = (*args, *kwargs.values())  # the input may come by name
+        if more:
             raise LorakitError(f"{type(self).__name__} was called with more than its input; an adapter would ignore the rest")
         return self.slot.call()(x)
 
@@ -367,6 +369,21 @@ def delete(model: nn.Module, name: str) -> None:
     if not state.specs:
         for n, p in model.named_parameters():
             p.requires_grad_(n in state.required_grad)
+
+
+@contextmanager
+def tentative(model: nn.Module, name: str) -> Iterator[None]:
+    """An adapter put on inside stays only if the block ends without an error; else it goes, and what was active is so again."""
+    state = next((m.slot.state for m in model.modules() if isinstance(m, Host)), None)
+    active, there = state.active if state else {}, bool(state) and name in state.specs
+    try:
+        yield
+    except BaseException:
+        if not there and any(name in m.slot.state.specs for m in model.modules() if isinstance(m, Host)):
+            delete(model, name)
+        if state:
+            state.active = active
+        raise
 
 
 def detach(model: nn.Module) -> nn.Module:

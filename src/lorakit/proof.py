@@ -117,9 +117,8 @@ def load_base_for(folder: Folder, base: str | Path | None = None, dtype: str | N
         options |= {"num_labels": rows[-1]} if rows else {}
     task = task_of(info["class"]) if "class" in info else ("sequence-classification" if "num_labels" in options else "causal-lm")
     model = load_base(told, task, dtype=dtype, **options)
-    if any(step["stage"] == "merge" for step in receipt.get("lineage", [])):
-        if lineage.apply(model, receipt["lineage"]):
-            host.detach(model)
+    if any(step["stage"] == "merge" for step in receipt.get("lineage", [])) and lineage.apply(model, receipt["lineage"]):
+        host.detach(model)
     return model
 
 
@@ -256,7 +255,8 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
     limit = tolerance(a, str(next(other.parameters()).dtype).removeprefix("torch."))
     gap, moved = float((a - b).abs().max()), float((a - base).abs().max())
     hint = "; they equal the BASE's" if float((b - base).abs().max()) < 0.05 * moved else ""
-    out.add("merged logits", gap <= limit and not hint, f"differ from base + adapter by {gap:.3g}{hint}, allowed {limit:.3g}; the adapter moves them by {moved:.3g}")
+    out.add("merged logits", gap <= limit and not hint,
+            f"differ from base + adapter by {gap:.3g}{hint}, allowed {limit:.3g}; the adapter moves them by {moved:.3g}")
 
 
 @torch.no_grad()

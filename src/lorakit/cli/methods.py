@@ -66,5 +66,6 @@ def _one(e: dict) -> None:
         state = ("shared, " if leaf["shared"] else "") + ("trains" if leaf["trains"] else "frozen")
         out.print(f"  leaf {leaf['name']} ({leaf['axes'].replace(' ', ', ')}): {state}, key {leaf['key']}", markup=False)
     if e["kind"] == "recipe":
-        out.print(f"  = {json.dumps(e['method'])}" + (f", init {e['init']}" if e["init"] else "") + (f", frozen {e['freeze']}" if e["freeze"] else ""), markup=False)
+        more = [f"init {e['init']}"] * bool(e["init"]) + [f"frozen {', '.join(e['freeze'])}"] * bool(e["freeze"])
+        out.print(f"  = {', '.join([json.dumps(e['method']), *more])}", markup=False)
     out.print()

@@ -247,10 +247,8 @@ def load(model: nn.Module, path: str | Path, name: str, check_base: bool = True)
     folder = Folder(path)
     if check_base and folder.receipt:
         _same_base(model, folder)
-    attach(model, name, folder.spec, folder.plan(model), empty=True)
-    try:
+    plan = folder.plan(model)
+    with host.tentative(model, name):
+        attach(model, name, folder.spec, plan, empty=True)
         fill(model, name, folder)
-    except BaseException:
-        host.delete(model, name)
-        raise
     return folder

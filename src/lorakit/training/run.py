@@ -74,7 +74,7 @@ def prepare(run: Run) -> Prepared:
         raise LorakitError(f"task {task} does not fit data of shape {shape}; mend: leave task at auto, or rename the columns (data.columns)")
     if shape == "preference":
         raise LorakitError("preference pairs (chosen, rejected) are trained with TRL's DPOTrainer and lorakit.training.AdapterTrainerMixin "
-                           "(docs/train.md shows how); `lorakit train` does prompts and answers, chats, text and classes")
+                           "(docs/train-in-python.md shows how); `lorakit train` does prompts and answers, chats, text and classes")
     tok = load_tokenizer(run.base.path, run.base.revision, run.base.trust_remote_code)
     length = run.data.max_length or min(getattr(tok, "model_max_length", 1024) or 1024, 1024)
     labels = None
@@ -182,6 +182,8 @@ def train(run: Run, *, resume: bool = False, say: Say = print) -> dict[str, Any]
         torch.cuda.reset_peak_memory_stats()
     if run.data.packing and not d.packs_apart(model):
         raise LorakitError(f"packing: {type(model).__name__} lets packed rows attend to each other; mend: packing: false")
+    if run.data.packing:
+        model.config.use_cache = False  # transformers keeps packed pieces apart only without a cache
     with writing(out) as w:
         w.text("config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
     before, shown = evaluate(model, p), samples(model, p)
