@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lorakit.errors import LorakitError
 from lorakit.training import data as D
+from lorakit.training.data.tokens import _pieces
 
 DATA = Path(os.environ.get("LORAKIT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"real data not there: {DATA} (set LORAKIT_DATA)")
@@ -490,8 +491,8 @@ def test_a_long_conversation_keeps_its_last_answer(tok):
 
 
 def test_a_piece_in_which_only_the_first_token_is_on_trains_nothing():
-    assert D._pieces([1, 2, 3], [True, False, False], 5) == []
-    assert D._pieces([1, 2, 3], [True, False, True], 5) == [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}]
+    assert _pieces([1, 2, 3], [True, False, False], 5) == []
+    assert _pieces([1, 2, 3], [True, False, True], 5) == [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}]
 
 
 # ---- prompt and completion

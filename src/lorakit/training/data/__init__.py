@@ -10,7 +10,7 @@ token counts as trained only from the second on.
 """
 
 from lorakit.training.data.batch import Collator, pack, packs_apart, preview, split
-from lorakit.training.data.encode import CHAT, Encoded, encode, encode_labels, prompt_ids, split_prompt
+from lorakit.training.data.tokens import CHAT, Encoded, encode, encode_labels, prompt_ids, split_prompt
 from lorakit.training.data.read import IGNORED, Row, read_rows
 from lorakit.training.data.shapes import detect, normalise
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorakit.errors import LorakitError, extra
-from lorakit.training.data.encode import MARK
+from lorakit.training.data.tokens import MARK
 from lorakit.training.data.read import IGNORED, Row
 
 
