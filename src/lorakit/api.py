@@ -17,7 +17,7 @@ from lorakit.formats import folder
 from lorakit.formats.files import new_folder
 from lorakit.method import Method
 from lorakit.models import load_base, task_of
-from lorakit.proof import check_probe, same_function
+from lorakit.proof import check_probe, check_saved, same_function
 from lorakit.recipes import compose
 from lorakit.spec import Spec, attach
 
@@ -144,7 +144,15 @@ def trainable(model: nn.Module) -> tuple[int, int]:
 
 # Files
 
-save = folder.save
+def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", lineage: Sequence[dict] = ()) -> Path:
+    """Saves one adapter as a PEFT folder with a receipt, reads it back and verifies it; all of it appears, or nothing changes.
+
+    form: "auto" writes PEFT's format where PEFT has the method, a plain LoRA where the update is exactly one (an offset
+    start), and our own otherwise; "native" never converts; "lora" converts or refuses.
+    """
+    path = folder.save(model, path, name, form=form, lineage=lineage)
+    check_saved(path, model)
+    return path
 
 
 def load(model: nn.Module, path: str | Path, name: str = "default", *, trainable: bool = False, check_base: bool = True,

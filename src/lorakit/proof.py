@@ -93,8 +93,8 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None, merged:
     try:
         kept = f"{len(folder.tensors)} of {len(folder.tensors)} tensors found their place in {len(folder.methods)} modules"
         out.add("keys", True, kept)
-        _effect(out, folder, model, name)
-        _probe(out, folder, model, name)
+        if _effect(out, folder, model, name):
+            _probe(out, folder, model, name)
         if merged is not None:
             _merged(out, folder, model, name, merged)
     finally:
@@ -147,7 +147,7 @@ def _fingerprint(out: Report, folder: Folder, model: nn.Module) -> None:
             else f"fingerprint {folder.receipt['base']['digest']} over {len(now)} tensors")
 
 
-def _effect(out: Report, folder: Folder, model: nn.Module, name: str) -> None:
+def _effect(out: Report, folder: Folder, model: nn.Module, name: str) -> bool:
     table = modules_table(model, name)
     zero = [p for p, row in table.items() if row["delta_norm"] == 0.0]
     bad = [p for p, row in table.items() if not torch.isfinite(torch.tensor(row["delta_norm"]))]
@@ -166,9 +166,11 @@ def _effect(out: Report, folder: Folder, model: nn.Module, name: str) -> None:
         now = table.get(p, {}).get("delta_norm", 0.0)
         if abs(now - row["delta_norm"]) > 1e-3 * max(row["delta_norm"], 1e-12):
             out.add("norms", False, f"{p}: |dW| is {now:.6g}, it was {row['delta_norm']:.6g} when saved")
-            return
-    if folder.receipt:
-        out.add("norms", True, "|dW| of every module equals the receipt's")
+            break
+    else:
+        if folder.receipt:
+            out.add("norms", True, "|dW| of every module equals the receipt's")
+    return len(zero) < len(table)
 
 
 def _logits(model: nn.Module, adapter: str | None) -> Tensor | None:
@@ -257,6 +259,13 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
     hint = "; they equal the BASE's" if float((b - base).abs().max()) < 0.05 * moved else ""
     out.add("merged logits", gap <= limit and not hint,
             f"differ from base + adapter by {gap:.3g}{hint}, allowed {limit:.3g}; the adapter moves them by {moved:.3g}")
+
+
+def check_saved(path: str | Path, model: nn.Module) -> None:
+    """For `lorakit.save`: verifies what was written beside the model it came from. An adapter that was never trained may be saved."""
+    report = verify(path, model)
+    report.points = [p for p in report.points if p.name != "effect"]
+    report.raise_if_failed()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 Every file is first written under a temporary name and flushed. Then a journal lists the renames to come; once the journal
 is there the write has happened, and whoever opens the folder next finishes the renames. Before that, nothing has changed.
+A lock on the folder keeps readers out while files are renamed, where the file system has locks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorakit.errors import LorakitError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 JOURNAL = ".lorakit-commit.json"
 PREFIX = ".lorakit-tmp-"
@@ -45,8 +51,35 @@ def _flush(path: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def _locked(folder: Path, alone: bool) -> Iterator[None]:
+    """Holds the folder's lock, alone or with other readers. The system gives it back when a process is killed."""
+    fd = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        with suppress(OSError):  # a file system without locks
+            if fcntl:
+                fcntl.flock(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Inside, the folder's files belong together: a write that was cut off is finished first, and no other one renames."""
+    while True:
+        if (folder / JOURNAL).is_file():
+            with _locked(folder, alone=True):
+                recover(folder)
+        with _locked(folder, alone=False):
+            if not (folder / JOURNAL).is_file():
+                yield
+                return
+
+
 def recover(folder: Path) -> None:
-    """Finishes a write that was cut off between its journal and its last rename."""
+    """Finishes a write that was cut off between its journal and its last rename. The caller holds the lock."""
     journal = folder / JOURNAL
     if not journal.is_file():
         return
@@ -72,8 +105,9 @@ def writing(folder: str | Path) -> Iterator[FolderWrite]:
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        recover(folder)
-        _clean(folder)
+        with _locked(folder, alone=True):
+            recover(folder)
+            _clean(folder)
         out = FolderWrite(folder)
         yield out
         for name in out.names:
@@ -81,8 +115,9 @@ def writing(folder: str | Path) -> Iterator[FolderWrite]:
         ready = folder / f"{PREFIX}journal"
         ready.write_text(json.dumps(out.names), encoding="utf-8")
         _flush(ready)
-        os.replace(ready, folder / JOURNAL)
-        recover(folder)
+        with _locked(folder, alone=True):
+            os.replace(ready, folder / JOURNAL)
+            recover(folder)
         _flush(folder)
     except BaseException as e:
         _clean(folder)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorakit import host
 from lorakit.errors import LorakitError, near
 from lorakit.formats import peft
-from lorakit.formats.files import read_json, recover, sha256, writing
+from lorakit.formats.files import read_json, reading, sha256, writing
 from lorakit.formats.receipt import compare_bases, digest, fingerprint, modules_table, probe, probe_record, versions
 from lorakit.method import Method
 from lorakit.methods.lora import LoRA
@@ -157,11 +157,11 @@ class Folder:
         if not self.path.is_dir():
             there = [p.name for p in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
             raise LorakitError(f"there is no adapter folder {self.path}{near(self.path.name, there, listing=False) if there else ''}")
-        recover(self.path)
-        self.config = read_json(self.path / peft.CONFIG)
-        self.tensors = peft.read_tensors(self.path / peft.TENSORS)
-        receipt = self.path / peft.RECEIPT
-        self.receipt = read_json(receipt) if receipt.is_file() else None
+        with reading(self.path):
+            self.config = read_json(self.path / peft.CONFIG)
+            self.tensors = peft.read_tensors(self.path / peft.TENSORS)
+            receipt = self.path / peft.RECEIPT
+            self.receipt = read_json(receipt) if receipt.is_file() else None
         self.methods = peft.methods_of(self.config, self.tensors, self.path / peft.CONFIG)
 
     def changed(self) -> str | None:
