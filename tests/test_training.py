@@ -345,6 +345,21 @@ def test_training_data_of_every_shape_runs(base, tmp_path):
         assert rec["data"]["trained_tokens"] < rec["data"]["tokens"], "only answers are trained"
 
 
+def test_preference_pairs_run_through_dpo(base, tmp_path):
+    pytest.importorskip("trl")
+    lines = TEXT.splitlines()[:30]
+    rows = [{"prompt": t[:12], "chosen": t[12:24], "rejected": t[12:24][::-1]} for t in lines]
+    chats = [{"prompt": [{"role": "user", "content": t[:12]}], "chosen": [{"role": "assistant", "content": t[12:20]}],
+              "rejected": [{"role": "assistant", "content": t[12:20][::-1]}]} for t in lines]
+    for name, some in (("plain", rows), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+        run = config(base, tmp_path, data={"train": str(tmp_path / f"{name}.jsonl"), "max_length": 48, "eval_fraction": 0.2},
+                     output=str(tmp_path / f"run_{name}"), train={"max_steps": 15, "learning_rate": 2e-2, "batch_size": 4, "threads": 1})
+        rec = r.train(run, say=lambda s: None)
+        assert rec["data"]["shape"] == "preference" and rec["verify"]["ok"], rec["verify"]
+        assert rec["metrics"]["after"]["preference_accuracy"] > max(0.5, rec["metrics"]["before"]["preference_accuracy"] - 1e-9), rec["metrics"]
+
+
 def cli(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "lorakit", *words], capture_output=True, text=True, cwd=cwd, timeout=120)
 

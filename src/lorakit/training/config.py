@@ -68,6 +68,7 @@ class Train(Part):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     bf16: bool = Field(False, description="bfloat16 autocast")
     report_to: list[str] | str = Field("none", description="passed to transformers: tensorboard, wandb, …")
+    dpo_beta: float = Field(0.1, gt=0, description="preference pairs: how closely DPO keeps to the model it starts from")
     threads: int | None = Field(None, ge=1, description="CPU threads")
 
 

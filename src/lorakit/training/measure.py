@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.training import data as d
+from lorakit.training.preference import preferred, side
 
 if TYPE_CHECKING:
     from lorakit.training.run import Prepared
@@ -39,6 +40,8 @@ def evaluate(model: nn.Module, p: Prepared) -> dict[str, float]:
             return accuracy(model, p.heldout.rows, p.tokenizer.pad_token_id, p.run.train.eval_batch_size)
         loss = token_loss(model, p.heldout.rows, p.tokenizer.pad_token_id, p.run.train.eval_batch_size)
         out = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700))}
+        if p.shape == "preference":
+            out["preference_accuracy"] = preferred(model, p)
         if "exact_match" in p.run.eval.metrics:
             out["exact_match"] = exact_match(model, p)
         return out
@@ -77,6 +80,7 @@ def _prompts(p: Prepared, rows: Sequence[dict]) -> list[tuple[list[int], str]]:
     """(prompt ids, expected answer) as training saw them; rows without an answer are left out."""
     out = []
     for row in rows:
+        row = side(row, "chosen") if "chosen" in row else row
         if "completion" in row:
             prompt, answer = d.split_prompt(row, p.run.data.template)
             out.append((d.prompt_ids(p.tokenizer, prompt), answer))

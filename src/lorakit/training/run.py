@@ -35,6 +35,7 @@ from lorakit.training import data as d
 from lorakit.training.bridge import AdapterTrainer
 from lorakit.training.config import Run
 from lorakit.training.measure import evaluate, samples
+from lorakit.training.preference import dpo, side
 from lorakit.training.report import write_report
 
 Say = Callable[[str], None]
@@ -72,9 +73,6 @@ def prepare(run: Run) -> Prepared:
         task = "sequence-classification" if shape == "classification" else "causal-lm"
     if (task == "sequence-classification") != (shape == "classification"):
         raise LorakitError(f"task {task} does not fit data of shape {shape}; mend: leave task at auto, or rename the columns (data.columns)")
-    if shape == "preference":
-        raise LorakitError("preference pairs (chosen, rejected) are trained with TRL's DPOTrainer and lorakit.training.AdapterTrainerMixin "
-                           "(docs/train-in-python.md shows how); `lorakit train` does prompts and answers, chats, text and classes")
     tok = load_tokenizer(run.base.path, run.base.revision, run.base.trust_remote_code)
     length = run.data.max_length or min(getattr(tok, "model_max_length", 1024) or 1024, 1024)
     labels = None
@@ -82,8 +80,9 @@ def prepare(run: Run) -> Prepared:
         train, labels = d.encode_labels(rows, tok, length)
         heldout = d.encode_labels(held, tok, length, labels)[0] if held else None
     else:
-        train = d.encode(rows, tok, length, run.data.answer_only, run.data.template)
-        heldout = d.encode(held, tok, length, run.data.answer_only, run.data.template) if held else None
+        plain = (lambda some: [side(r, "chosen") for r in some]) if shape == "preference" else list
+        train = d.encode(plain(rows), tok, length, run.data.answer_only, run.data.template)
+        heldout = d.encode(plain(held), tok, length, run.data.answer_only, run.data.template) if held else None
     return Prepared(run, tok, shape, task, rows, held, train, heldout, labels)
 
 
@@ -136,7 +135,7 @@ def arguments(run: Run, rows: int) -> TrainingArguments:
         raise LorakitError(f"train: {str(e).splitlines()[0]}") from e
 
 
-class _RunTrainer(AdapterTrainer):
+class Measured:
     """Evaluates by the token, so that packing and batch sizes do not change what is measured."""
 
     measure: Callable[[], dict[str, float]]
@@ -148,6 +147,10 @@ class _RunTrainer(AdapterTrainer):
             self.measured = step, self.measure()
             self.log({k if k.startswith("eval_") else f"eval_{k}": v for k, v in self.measured[1].items()})
         return {k if k.startswith("eval_") else f"eval_{k}": v for k, v in self.measured[1].items()}
+
+
+class _RunTrainer(Measured, AdapterTrainer):
+    """The trainer of a run."""
 
 
 class Lines(TrainerCallback):
@@ -217,7 +220,7 @@ def proof(run: Run, adapter: Path) -> dict[str, Any]:
     return verify(adapter, base).to_dict()
 
 
-def _trainer(p: Prepared, model: nn.Module, hooks: list) -> _RunTrainer:
+def _trainer(p: Prepared, model: nn.Module, hooks: list) -> Any:
     rows = d.pack(p.train.rows, p.run.data.max_length or max(len(r["input_ids"]) for r in p.train.rows)) if p.run.data.packing else p.train.rows
     args = arguments(p.run, len(rows))
     if p.heldout is not None:
@@ -225,6 +228,8 @@ def _trainer(p: Prepared, model: nn.Module, hooks: list) -> _RunTrainer:
         t = p.run.train
         steps = t.max_steps if t.max_steps > 0 else max(1, int(t.epochs * -(-len(rows) // (t.batch_size * t.gradient_accumulation_steps))))
         args.eval_steps = t.eval_steps or max(1, -(-steps // 4))
+    if p.shape == "preference":
+        return dpo(Measured, p, model, args, hooks)
     return _RunTrainer(model=model, args=args, train_dataset=_Rows(rows), eval_dataset=_Rows(rows[:1]) if p.heldout else None,
                        data_collator=d.Collator(p.tokenizer.pad_token_id), hooks=hooks, lineage=p.lineage)
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lorakit.errors import LorakitError, extra
-from lorakit.training.data.tokens import MARK
 from lorakit.training.data.read import IGNORED, Row
+from lorakit.training.data.tokens import MARK
 
 
 def pack(rows: Sequence[Row], length: int) -> list[Row]:
