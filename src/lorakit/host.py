@@ -118,19 +118,22 @@ class Slot:
             for a, g in here.items():
                 base = self.applied(a, base, g)
             return base
-        if len(here) == 1:
-            return self.applied(*((a := next(iter(here))), base, here[a]))
         if not here:
             return base
+        if len(here) == 1:
+            [(a, g)] = here.items()
+            return self.applied(a, base, g)
         base = Once(base)
         return Sum(base, [self.applied(a, base, g) for a, g in here.items()])
 
     def bias(self, active: Mapping[str, float]) -> Tensor | None:
+        """The bias beside `map(active)`."""
         b0 = b = self.site.bias
         for a, g in active.items():
             if a in self.methods:
-                new = self.methods[a].bias(self.params(a), b0)
-                b = b if new is b0 else b + (new - b0) * g
+                begun = b if self.state.chained else b0
+                new = self.methods[a].bias(self.params(a), begun)
+                b = b if new is begun else b + (new - begun) * g
         return b
 
     def affine(self, active: Mapping[str, float]) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,6 @@
 """Makes `pylm`, the small language model that ships with lorakit, from text that every Python installation carries.
 
-    python pretrain.py --minutes-are-not-a-knob: the run is fixed by its step count, so it can be repeated
-    python pretrain.py --steps 9000 --out .          # resumes from .pretrain-state if it was interrupted
+    python pretrain.py --steps 6000 --out .      # goes on from .pretrain-state if it was interrupted
 
 Recipe (`corpus()`): the standard library's own sources without tests, generated tables and `pydoc_data` (that is kept
 unseen: `make demo` adapts the model to it), plus the documentation of every importable module as plain text, twice.
@@ -62,7 +61,7 @@ def documentation() -> dict[str, str]:
             with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 warnings.simplefilter("ignore")
                 module = importlib.import_module(name)
-        except BaseException:  # a module for another platform
+        except (Exception, SystemExit):  # a module for another platform, or one that runs something
             continue
         parts, seen = [], set()
 
@@ -141,7 +140,7 @@ def loss_on(model, ids: torch.Tensor, rows: int = 48) -> float:
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--steps", type=int, default=9000)
+    ap.add_argument("--steps", type=int, default=6000)
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = ap.parse_args()
@@ -156,7 +155,8 @@ def main() -> None:
         tok.save_pretrained(args.out)
     train, val = pack(tok, train_text), pack(tok, val_text)
     chars = sum(map(len, train_text))
-    print(f"{len(train_text)} documents, {chars:,} characters, {len(train):,} tokens ({chars / len(train):.2f} characters each); held out {len(val):,}", flush=True)
+    print(f"{len(train_text)} documents, {chars:,} characters, {len(train):,} tokens ({chars / len(train):.2f} characters each); "
+          f"held out {len(val):,}", flush=True)
 
     model = model_from(tok)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
@@ -167,7 +167,8 @@ def main() -> None:
     log_path = args.out / "training_log.csv"
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"]), opt.load_state_dict(saved["opt"])
+        model.load_state_dict(saved["model"])
+        opt.load_state_dict(saved["opt"])
         first = saved["step"]
     else:
         log_path.write_text("step,tokens,lr,train_loss,val_loss,seconds\n")
