@@ -54,7 +54,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "rank_pattern and alpha_pattern": ("llama", {"target_modules": ["q_proj", "v_proj", "up_proj"],
                                                  "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5},
                                                  "alpha_pattern": {r"layers\.0\..*": 3, "up_proj": 7}}),
-    "patterns that are ends of names": ("llama", {"target_modules": ["up_proj", "down_proj"], "rank_pattern": {"proj": 2, "p_proj": 3, "^up_proj": 6}}),
+    "patterns that are ends of names": ("llama", {
+        "target_modules": ["up_proj", "down_proj"], "rank_pattern": {"proj": 2, "p_proj": 3, "^up_proj": 6, "up": 7}}),
     "rank_pattern under rslora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"q_proj": 9}}),
     "layers_to_transform": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
     "layers_to_transform, pattern": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}),

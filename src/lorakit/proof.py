@@ -59,9 +59,10 @@ class Report:
         return "\n".join([*map(str, self.points), ("PASS" if self.ok else "FAIL") + tail])
 
 
-def tolerance(logits: Tensor, dtype: str) -> float:
-    """How far logits may differ by rounding alone (another machine, another order of sums), absolutely."""
-    eps = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}.get(dtype, 1e-4)
+def tolerance(logits: Tensor, *where: nn.Module | str) -> float:
+    """How far logits may differ by rounding alone (another machine, another order of sums), absolutely, for the coarsest of the dtypes."""
+    dtypes = [w if isinstance(w, str) else str(next(w.parameters()).dtype).removeprefix("torch.") for w in where]
+    eps = max({"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}.get(d, 1e-4) for d in dtypes)
     return eps * max(1.0, float(logits.abs().max()))
 
 
@@ -196,7 +197,7 @@ def _probe(out: Report, folder: Folder, model: nn.Module, name: str) -> None:
     if was is None:
         out.add("probe", True, f"the adapter moves logits by up to {moved:.4g} (no receipt to compare with)")
         return
-    same, gap = _same_logits(was, now, folder)
+    same, gap = _same_logits(was, now, folder, model)
     if same:
         out.add("probe", True, f"logits equal those of the save ({'to the bit' if gap == 0 else f'to {gap:.2g}'}); the adapter moves them by up to {moved:.4g}")
     else:
@@ -206,12 +207,12 @@ def _probe(out: Report, folder: Folder, model: nn.Module, name: str) -> None:
         out.add("probe", False, f"logits differ by {gap:.4g} from those of the save{like}")
 
 
-def _same_logits(was: Mapping[str, Any], now: Tensor, folder: Folder) -> tuple[bool, float]:
+def _same_logits(was: Mapping[str, Any], now: Tensor, folder: Folder, model: nn.Module) -> tuple[bool, float]:
     if list(now.shape) != was["shape"]:
         return False, float("inf")
     gap = float((now.reshape(-1)[torch.tensor(was["at"])] - torch.tensor(was["logits"])).abs().max())
     dtype = next((t["dtype"] for t in folder.receipt["base"]["tensors"].values()), "float32")
-    return gap <= tolerance(now, dtype), gap
+    return gap <= tolerance(now, dtype, model), gap
 
 
 def check_probe(model: nn.Module, name: str, folder: Folder) -> None:
@@ -254,7 +255,7 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
     if a is None or b is None:
         out.add("merged logits", None, "no probe inputs are known for this kind of model")
         return
-    limit = tolerance(a, str(next(other.parameters()).dtype).removeprefix("torch."))
+    limit = tolerance(a, model, other)
     gap, moved = float((a - b).abs().max()), float((a - base).abs().max())
     hint = "; they equal the BASE's" if float((b - base).abs().max()) < 0.05 * moved else ""
     out.add("merged logits", gap <= limit and not hint,
@@ -278,5 +279,5 @@ def same_function(a: nn.Module, b: nn.Module, what: str) -> None:
         if k not in theirs:
             raise LorakitError(f"{what}: `{k}` is missing on disk")
     x, y = probe(a), probe(b)
-    if x is not None and y is not None and float((x - y).abs().max()) > tolerance(x, str(next(a.parameters()).dtype).removeprefix("torch.")):
+    if x is not None and y is not None and float((x - y).abs().max()) > tolerance(x, a, b):
         raise LorakitError(f"{what}: its logits differ by {float((x - y).abs().max()):.3g} from base + adapter")

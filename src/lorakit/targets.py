@@ -26,10 +26,9 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 def heads(model: nn.Module) -> set[int]:
     """ids of the modules that turn hidden states into outputs: the language-model head and classification heads."""
-    out = set()
     get = getattr(model, "get_output_embeddings", None)
-    if get is not None:
-        out.add(id(get()))
+    head = get() if get is not None else None
+    out = set() if head is None else {id(head)}
     for name, child in model.named_children():  # heads sit at the top of a model, beside its body
         if isinstance(child, nn.Linear) and name in ("score", "classifier", "lm_head", "qa_outputs", "head", "proj_out", "cls"):
             out.add(id(child))

@@ -169,6 +169,8 @@ def check_identity_at_init(c: Case) -> None:
     want, _ = c.base()
     if "identity" in c.method.core.card.laws:
         assert rel(model(x), want(x)) < max(c.tol, 1e-6), "an adapter at its start changes the output"
+        wet, _ = c.make(noisy=False, dropout=0.5)
+        assert rel(wet.train()(x), want(x)) < max(c.tol, 1e-6), "dropout reaches the base, or is not the same wherever an update is subtracted"
     assert torch.equal(base_out(model, x), want(x)), "a disabled adapter changes the output"
 
 
@@ -218,6 +220,9 @@ def check_two_adapters(c: Case) -> None:
     assert rel(model(x), out["a"] + out["b"] - base) < 2 * c.tol, "two adapters are not their sum"
     api.activate(model, "a", "b", weights=[0.5, -0.25])
     assert rel(model(x), base + (out["a"] - base) / 2 - (out["b"] - base) / 4) < 2 * c.tol, "weights are not honoured"
+    once, other = slot_of(model).affine({"a": 1.0, "b": 1.0}), x.flip(0)
+    once(x)
+    assert torch.equal(once(other), slot_of(model).affine({"a": 1.0, "b": 1.0})(other)), "a map gives what it gave another input"
     y = model(x)
     api.merge(model)
     assert rel(model(x), y) < 2 * c.tol
@@ -265,7 +270,7 @@ def check_starts_keep_the_function(c: Case) -> None:
         if not set(init.needs) <= set(c.method.core.own) or "0" in "".join(c.method.leaves):
             continue
         for storage in ("offset", "base") if init.nonzero else ("offset",):
-            spec = c.spec(init=name, storage=storage)
+            spec = c.spec(init=name, storage=storage, dropout=0.5)
             model, _ = c.base()
             try:
                 attach(model, "a", spec, spec.plan(model))
@@ -276,6 +281,9 @@ def check_starts_keep_the_function(c: Case) -> None:
             tol = max(c.tol, 1e-5) + 4 * torch.finfo(W.dtype).eps * float((W - W0).detach().norm() / W0.detach().norm())
             assert rel(model(x), want(x)) < tol, f"init {name} ({storage}) changes the function"
             assert rel(base_out(model, x), want(x)) < tol, f"init {name} ({storage}) changes the base"
+            if storage == "offset":
+                assert rel(model.train()(x), want(x)) < tol, f"init {name}: the start and its copy see different dropout masks"
+                model.eval()
             noise(model, "a", 1)
             with tempfile.TemporaryDirectory() as tmp:
                 folder.save(model, tmp, "a")

@@ -1,7 +1,6 @@
 """What a run leaves to look at: the loss curve, one self-contained page, a summary for the terminal.
 
-All three read one plain dict, the one saved as `run.json`. Any part of it may be missing or not finite; the report then
-says so. The page loads nothing: style, picture and charts are inside it, and its own policy forbids the network.
+All read the dict saved as `run.json`, say so where a part is missing or not finite, and load nothing from outside.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import extra
+from lorakit.formats.files import writing
 
 LOWER = re.compile(r"loss|perplexity|ppl|nll|error|bits")
 HIGHER = re.compile(r"exact|match|accuracy|(^|_)acc(_|$)|(^|_)f1|bleu|rouge|reward|margin|win_rate")
 SCALES = {"bytes": (1024, ("B", "KiB", "MiB", "GiB", "TiB")), "count": (1000, ("", "k", "M", "B", "T"))}
 PICTURES = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {0x7F: 0x2421}  # what shows a control character
-PLAIN = str.maketrans({"−": "-", "—": "-", "∞": "inf", "·": "|"})  # for terminals that know only ASCII
-SHOWN, LONGEST = 20, 4000  # samples on the page, characters of one text
+SHOWN, LONGEST = 20, 8000  # samples on the page, characters of one text
 
 
 def _real(x: Any) -> float | None:
@@ -37,10 +36,10 @@ def _finite(x: Any) -> float | None:
 
 
 def human(x: Any, kind: str = "number") -> str:
-    """A figure as a person reads it: bytes '775 MiB', count '4.48 M', seconds '1 min 1 s', share '2.20 %', number '3.021'."""
+    """A figure at a glance: bytes '775 MiB', count '4.48 M', seconds '1 min 1 s', share '2.20 %', number '3.021'."""
     if (v := _real(x)) is None or not math.isfinite(v):
         return "—" if v is None else "NaN" if math.isnan(v) else "∞" if v > 0 else "−∞"
-    a, text = abs(v), f"{v:.1f} s"
+    a, text = abs(v), f"{v:.1f} s" if abs(v) >= 0.9995 else f"{v * 1000:.0f} ms"
     if kind == "count" and a < 1e5:
         text = f"{v:,.{0 if a >= 10 or v == int(v) else 1}f}"
     elif kind in SCALES:
@@ -52,9 +51,8 @@ def human(x: Any, kind: str = "number") -> str:
                 break
             a /= base
     elif kind == "seconds" and a >= 59.95:
-        step, per, big, small = (1, 60, "min", "s") if a < 3599.5 else (60, 60, "h", "min")
-        step, per, big, small = (3600, 24, "d", "h") if a >= 86370 else (step, per, big, small)
-        text = f"{round(v / step) // per:,} {big} {round(v / step) % per} {small}"
+        n, k, *unit = (1, 60, "min", "s") if a < 3599.5 else (60, 60, "h", "min") if a < 86370 else (3600, 24, "d", "h")
+        text = f"{round(v / n) // k:,} {unit[0]} {round(v / n) % k} {unit[1]}"
     elif kind == "share":
         text = f"{v:.{1 if a >= 0.09995 or not a else 2 if a >= 0.000995 else 4}%}".replace("%", " %")
     elif kind == "number":
@@ -74,9 +72,13 @@ def _series(history: Any, key: str) -> list[tuple[float, float]]:
 
 
 def _text(x: Any) -> str:
-    s = x if isinstance(x, str) else json.dumps(x, ensure_ascii=False, default=str)
+    s = x if isinstance(x, str) else json.dumps(x, ensure_ascii=False, default=str, indent=2)
     s = s.replace("\r\n", "\n").translate(PICTURES).encode("utf-8", "replace").decode()
     return s if len(s) <= LONGEST else f"{s[:LONGEST]} … ({len(s) - LONGEST:,} more characters)"
+
+
+def _esc(x: Any) -> str:
+    return escape(_text(x))
 
 
 def _metrics(run: dict) -> list[tuple[str, ...]]:
@@ -93,7 +95,7 @@ def _metrics(run: dict) -> list[tuple[str, ...]]:
             change += f" ({human((a - b) / abs(b), 'share')})" if b and not share else ""
             change = "no change" if a == b else ("+" + change).replace("(", "(+") if a > b else change
             verdict = "" if a == b or not (lower or higher) else "better" if (a < b) == bool(lower) else "worse"
-        show = [human(v, "share" if share else "number") if v is None or _real(v) is not None else _text(v) for v in raw]
+        show = [_text(v) if isinstance(v, str) else human(v, "share" if share else "number") for v in raw]
         rows.append((name.replace("eval_", "evaluation_").replace("_", " ").capitalize(), *show, change, verdict))
     return rows
 
@@ -105,9 +107,9 @@ def _notices(run: dict) -> list[str]:
             out.append(f"{len(bad)} of {len(points)} {what} losses are not finite, the first at step {bad[0]:,.0f}.")
     good = [p for p in evals if math.isfinite(p[1])]
     if good and (best := min(good, key=lambda p: p[1]))[1] < good[-1][1] * 0.99:
-        out.append(f"The evaluation loss was lowest at step {best[0]:,.0f}, {human(best[1])}; it ended at {human(good[-1][1])}.")
+        out.append(f"Evaluation loss was lowest ({human(best[1])}) at step {best[0]:,.0f}; last: {human(good[-1][1])}.")
     out += [f"{m[0]} is {m[4]} after training: {m[1]} → {m[2]}." for m in _metrics(run) if m[4] not in ("", "better")]
-    shares = [v for m in _get(run, "modules", list) if (v := _real(m.get("share", m.get("delta_norm")))) is not None]
+    shares = [v for m in _get(run, "modules", list) if (v := _real(m.get("share"))) is not None]
     for n, what in ((shares.count(0), "did not change"), (sum(not math.isfinite(s) for s in shares), "are not finite")):
         out += [f"{n} of {len(shares)} adapted modules {what}."] * bool(n)
     return out + ["The saved adapter failed its verification."] * (_facts(run)["Verification"][0] == "FAIL")
@@ -117,7 +119,7 @@ def _facts(run: dict) -> dict[str, tuple[str, str]]:
     """What the page and the terminal both tell: name -> (the figure, the rest)."""
     def f(key: str, how: str = "", unit: str = "") -> str:
         v = _get(run, key.split(".")[0]).get(key.split(".")[1])
-        return "" if v in (None, "") else (human(v, how) if how else _text(v)) + unit
+        return "" if v in (None, "") else (human(v, how) if how else _text(v)) + (unit.rstrip("s") if v == 1 else unit)
 
     whole, some = _finite(_get(run, "base").get("parameters")), _finite(_get(run, "adapter").get("trainable"))
     points, ok = _get(_get(run, "verify"), "points", list), _get(run, "verify").get("ok")
@@ -148,16 +150,13 @@ def loss_figure(history: list[dict], before: float | None = None) -> Any:
     accent, ink, muted, alarm, labels = "#0f6e6e", "#1c2526", "#66757a", "#b3261e", []
     fig = Figure(figsize=(9, 3.5), dpi=200, facecolor="white")
     ax = fig.add_axes((0.055, 0.125, 0.79, 0.78))
-    sideways = ax.get_xaxis_transform()
     train, evals = (np.array(_series(history, k), float).reshape(-1, 2) for k in ("loss", "eval_loss"))
     if bad := [p[0] for p in (*train, *evals) if not math.isfinite(p[1])]:
-        ax.plot(bad, [0.03] * len(bad), "x", color=alarm, ms=5, transform=sideways, clip_on=False)
-        ax.text(min(bad), 0.075, "not finite", color=alarm, transform=sideways, ha="center")
-    for a in (train, evals):
-        a[~np.isfinite(a[:, 1]), 1] = np.nan
+        ax.plot(bad, [0.03] * len(bad), "x", color=alarm, ms=5, transform=ax.get_xaxis_transform(), clip_on=False)
+        ax.text(min(bad), 0.075, "not finite", color=alarm, transform=ax.get_xaxis_transform())
+    train[np.isinf(train)] = evals[np.isinf(evals)] = np.nan
     if len(t := train[np.isfinite(train[:, 1])]):
-        k = np.bartlett(2 * max(2, len(t) // 25) + 1)
-        many = len(t) >= 8  # fewer points are shown as they are
+        k, many = np.bartlett(2 * max(2, len(t) // 25) + 1), len(t) >= 30  # fewer points are shown as they are
         smooth = np.convolve(t[:, 1], k, "same") / np.convolve(np.ones(len(t)), k, "same") if many else t[:, 1]
         ax.plot(*train.T, color=accent, lw=0.7, alpha=0.4 * many)
         ax.plot(t[:, 0], smooth, color=accent, lw=1.9, marker="o" if len(t) == 1 else None, ms=4)
@@ -168,41 +167,38 @@ def loss_figure(history: list[dict], before: float | None = None) -> Any:
     if (start := _finite(before)) is not None:
         ax.axhline(start, color=muted, lw=1, ls=(0, (4, 3)))
         labels.append((start, f"eval before {human(start)}", muted))
-    low, high = ax.get_ylim()
-    y = -math.inf
+    (low, high), y = ax.get_ylim(), -math.inf
     for value, text, color in sorted(labels):  # each at the height of its line, at least a line of text above the last
         y = max(value, y + 0.075 * (high - low))
         ax.text(1.012, y, text, color=color, transform=ax.get_yaxis_transform(), va="center", fontsize=10)
     ax.set_ylim(low, max(high, y))
-    if not labels:
-        ax.text(0.5, 0.5, "no finite loss was recorded", color=muted, transform=ax.transAxes, ha="center")
-        ax.set_yticks([])
+    ax.text(0.5, 0.5, "" if labels else "no finite loss was recorded", color=muted, transform=ax.transAxes, ha="center")
     ax.locator_params(axis="x", nbins=8, integer=True)
-    ax.tick_params(length=0, labelsize=9.5, labelcolor=muted)
-    ax.grid(axis="y", color="#e3e8e8", lw=0.7)
+    ax.tick_params(length=0, labelsize=9.5, labelcolor=muted, labelleft=bool(labels), labelbottom=bool(labels))
+    ax.grid(axis="y", color="#e3e8e8", lw=0.7 * bool(labels))
     ax.spines[["top", "left", "right"]].set_visible(False)
-    for x, y, word in ((-0.045, 1.04, "loss"), (1.012, -0.075, "step")):
+    for x, y, word in ((-0.045, 1.04, "loss"), (1.012, -0.058, "step")):
         ax.text(x, y, word, color=muted, transform=ax.transAxes, fontsize=9.5)
     return fig
 
 
 def _bars(modules: list[dict]) -> str:
     """A panel for each kind of module, a bar for each module in the order of the layers, one scale for all."""
-    key, how = ("share", "share") if any(_real(m.get("share")) is not None for m in modules) else ("delta_norm", "number")
-    kinds: dict[str, list] = {}
-    for m in modules:
+    kinds, out = {}, ""
+    for m in (m for m in modules if "share" in m):
         words = _text(m.get("name", "?")).split(".")
-        layer, kind = next((int(w) for w in words if w.isdecimal()), -1), ".".join(w for w in words if not w.isdecimal())
-        kinds.setdefault(kind, []).append((layer, _finite(m.get(key)) or 0.0, m))
-    top, columns, out = max((g[1] for k in kinds.values() for g in k), default=0) or 1, max(8, 0, *map(len, kinds.values())), ""
-    for kind, group in kinds.items():
-        first, last, peak = min(group, key=lambda g: g[0])[0], max(g[0] for g in group), max(g[1] for g in group)
-        bars = "".join(f'<rect x="{i + .1:.1f}" width=".8" y="{60 - 60 * v / top:.2f}" height="{60 * v / top:.2f}"><title>'
-                       f"{escape(_text(m.get('name')))}: {human(m.get(key), how)}, rank {escape(_text(m.get('rank')))}"
-                       "</title></rect>" for i, (_, v, m) in enumerate(sorted(group, key=lambda g: g[0])))
-        span = "" if last < 0 else f"layer {last}" if first == last else f"layers {first} to {last}"
-        out += (f"<figure><figcaption>{escape('.'.join(kind.split('.')[-2:]))}<span>max {human(peak, how)}</span></figcaption>"
-                f'<svg viewBox="0 0 {columns} 60" preserveAspectRatio="none">{bars}</svg><small>{span}</small></figure>')
+        kind = ".".join([w for w in words if not w.isdecimal()][-2:])  # without the numbers of the layer, of an expert
+        n, tip = next(filter(str.isdecimal, words), ""), f"{m.get('name')}: {human(m['share'], 'share')}"
+        kinds.setdefault(kind, []).append((int(n or -1), _finite(m["share"]) or 0.0, f"{tip}, rank {m.get('rank')}"))
+    top, columns = max([g[1] for k in kinds.values() for g in k] or [0]) or 1, max([6, *map(len, kinds.values())])
+    for kind, rows in kinds.items():
+        rows.sort(key=lambda g: g[0])
+        bars = "".join(f'<rect x="{i}.1" width=".8" y="{60 - 60 * v / top:.2f}" height="{60 * v / top:.2f}"><title>'
+                       f"{_esc(tip)}</title></rect>" for i, (_, v, tip) in enumerate(rows))
+        span = " to ".join(str(n) for n in dict.fromkeys((rows[0][0], rows[-1][0])) if n >= 0)
+        out += (f"<figure><figcaption>{escape(kind)}<span>max {human(max(g[1] for g in rows), 'share')}</span>"
+                f'</figcaption><svg viewBox="0 0 {columns} 60" preserveAspectRatio="none">{bars}</svg>'
+                f"<small>{f'layer {span}' * bool(span)}</small></figure>")
     return f'<div class="grid">{out}</div>' * bool(out)
 
 
@@ -210,106 +206,95 @@ CSS = """:root{color-scheme:light dark;--bg:#fff;--ink:#1c2526;--mut:#5b696e;--l
 --acc:#0f6e6e;--mark:#d5ebe8;--bad:#b3261e}@media screen and (prefers-color-scheme:dark){:root{--bg:#14191a;
 --ink:#e4eaea;--mut:#98a6aa;--line:#2b3436;--soft:#1b2223;--acc:#5fc3bd;--mark:#1d4644;--bad:#ff8f85}.chart{
 filter:invert(1) hue-rotate(180deg);mix-blend-mode:screen}}*{box-sizing:border-box}body{margin:0 auto;max-width:960px;
-padding:48px 32px 64px;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,"Segoe UI",Roboto,Arial,
-sans-serif;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}p,h1,h2,h3,figure{margin:0}small,.note,h3,th,
-figcaption,pre{font-size:13px;color:var(--mut);font-weight:400;text-align:left}h1{font-size:30px;line-height:1.25;
-font-weight:650;letter-spacing:-.015em;margin:2px 0 4px}h2{font-size:17px;font-weight:650}section{margin-top:34px;
-padding-top:18px;border-top:1px solid var(--line)}.note{margin:2px 0 14px}.PASS,.better{color:var(--acc)}.FAIL,.worse,
-.not{color:var(--bad)}.grid{display:grid;gap:20px 28px;margin:12px 0 28px;grid-template-columns:repeat(auto-fit,
-minmax(195px,1fr))}.tile{border-top:2px solid var(--acc);padding-top:10px}strong{display:block;font-size:20px;
-font-weight:600;line-height:1.4}.alerts{margin:28px 0 0;padding:12px 18px;list-style:none;background:var(--soft);
-border-left:3px solid var(--bad)}.chart{width:100%}table{border-collapse:collapse;width:100%}td,th{
-padding:6px 20px 6px 0;vertical-align:top;border-bottom:1px solid var(--line)}.num :is(td,th):nth-child(n+2){
-text-align:right}.kv td:first-child{color:var(--mut);width:24%}tr:last-child td{border:0}figcaption{color:var(--ink);
-display:flex;justify-content:space-between}svg{width:100%;height:64px;display:block;fill:var(--acc);
-border-bottom:1px solid var(--mut)}article,figure,tr,.grid{break-inside:avoid}pre{margin:2px 0 0;color:var(--ink);
-white-space:pre-wrap;font-family:ui-monospace,Menlo,Consolas,monospace}.box{background:var(--soft);padding:10px 14px}
-.after{border-left:2px solid var(--acc);padding-left:12px}mark{background:var(--mark);color:inherit;
-border-bottom:1.5px solid var(--acc)}@media print{@page{margin:16mm}body{padding:0;font-size:10.5pt;
-print-color-adjust:exact}h2,.note{break-after:avoid}}"""
+padding:48px 32px 64px;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,"Segoe UI",Roboto,Arial,sans-serif;
+font-variant-numeric:tabular-nums;overflow-wrap:anywhere}p,h1,h2,h3,figure{margin:0}small,.note,h3,th,figcaption,pre{
+font-size:13px;color:var(--mut);font-weight:400;text-align:left}h1{font-size:30px;line-height:1.25;margin:2px 0 4px}
+h1+p{margin-bottom:26px}h2{font-size:17px}h1,h2,strong,b{font-weight:600}b,td span{white-space:nowrap}section{
+margin-top:34px;padding-top:18px;border-top:1px solid var(--line)}.note{margin:2px 0 14px}.PASS,.better{
+color:var(--acc)}.FAIL,.worse,.finite{color:var(--bad)}.grid{display:grid;gap:20px 28px;margin:12px 0 24px;
+grid-template-columns:repeat(auto-fit,minmax(195px,1fr))}.tile{border-top:2px solid var(--acc);padding-top:10px}strong{
+display:block;font-size:20px;line-height:1.4}ul{margin:28px 0 0;padding:12px 18px;list-style:none;
+background:var(--soft);border-left:3px solid var(--bad)}.chart{display:block;width:100%}table{border-collapse:collapse;
+width:100%}td,th{padding:6px 20px 6px 0;vertical-align:top;border-bottom:1px solid var(--line)}.num :is(td,
+th):nth-child(n+2){text-align:right}.num :last-child{padding-right:0}.kv td:first-child{color:var(--mut);width:24%}
+tr:last-child td{border:0}figcaption{color:var(--ink);display:flex;justify-content:space-between}svg{width:100%;
+height:64px;display:block;fill:var(--acc);border-bottom:1px solid var(--mut)}article,figure,tr,.grid,.box{
+break-inside:avoid}pre{margin:2px 0 0;color:var(--ink);white-space:pre-wrap;max-height:360px;overflow:auto;
+font-family:ui-monospace,Menlo,Consolas,monospace}.box{background:var(--soft);padding:10px 14px}.two{columns:2;
+max-height:none}ul:empty{display:none}.after{border-left:2px solid var(--acc);padding-left:12px}mark{
+background:var(--mark);color:inherit;border-bottom:1.5px solid var(--acc)}@media print{@page{margin:16mm}body{padding:0;
+font-size:10.5pt;print-color-adjust:exact}pre{max-height:none}h2,.note{break-after:avoid}h1+p+.grid{gap:16px;
+grid-template-columns:repeat(4,1fr)}}"""
 
 
 def html(run: dict, loss_png: bytes) -> str:
     """The whole report as one HTML text, with the picture `loss_png` inside it."""
-    def e(x: Any) -> str:
-        return escape(_text(x))
-
     def table(kind: str, rows: Any, head: str = "") -> str:  # the cells are HTML already
         body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in r)}</tr>" for r in rows)
         return f'<table class="{kind}">{head}{body}</table>' * bool(body)
 
-    facts, metrics, alerts = _facts(run), _metrics(run), "".join(f"<li>{e(n)}</li>" for n in _notices(run))
-    modules, samples, points = (_get(run, "modules", list), _get(run, "samples", list),
-                                _get(run.get("verify"), "points", list))
-    trend = [human(v) for _, v in _series(run.get("history"), "loss")]
-    first = metrics[0] if metrics else ("Training loss", trend[0], trend[-1], "") if trend else ("Loss", "—", "—", "")
+    facts, metrics, alerts = _facts(run), _metrics(run), "".join(f"<li>{_esc(n)}</li>" for n in _notices(run))
+    bars, samples, config = _bars(_get(run, "modules", list)), _get(run, "samples", list), _get(run, "config")
+    trend, state = [human(v) for _, v in _series(run.get("history"), "loss")] or ["—"], facts["Verification"][0]
+    m = metrics[0] if metrics else ("Training loss", trend[0], trend[-1], "")
+    title, said = _esc(run.get("title") or "Training run"), {k: " · ".join(filter(None, v)) for k, v in facts.items()}
     shown = "".join(
-        f'<article><h3>Prompt</h3><pre class="box" dir="auto">{e(s.get("prompt", "—"))}</pre><div class="grid">'
-        + "".join(f'<div class="{k}"><h3>{k.capitalize()}</h3><pre dir="auto">{e(s[k])}</pre></div>'
+        f'<article><h3>Prompt</h3><pre class="box" dir="auto">{_esc(s.get("prompt", "—"))}</pre><div class="grid">'
+        + "".join(f'<div class="{k}"><h3>{k.capitalize()}</h3><pre dir="auto">{_esc(s[k])}</pre></div>'
                   for k in ("before", "after", "expected") if s.get(k) is not None) + "</div></article>"
         for s in samples[:SHOWN])
-    preview = re.sub(r"⟦(.*?)(?:⟧|\Z)", r"<mark>\1</mark>", e(_get(run, "data").get("preview") or ""), flags=re.S)
-    words = {True: '<span class="PASS">pass</span>', False: '<span class="FAIL">FAIL</span>'}
+    data = re.sub(r"⟦(.*?)(?:⟧|\Z)", r"<mark>\1</mark>", _esc(_get(run, "data").get("preview") or ""), flags=re.S)
+    word = {"True": "<b class=PASS>pass</b>", "False": "<b class=FAIL>FAIL</b>"}
     parts = [
-        ("Loss", "Thin line: every logged training loss; thick line: smoothed. Dots: evaluation; dashed: before training."
-         if trend else "No training loss was recorded.",
-         f'<img class="chart" alt="Loss by step" src="data:image/png;base64,{b64encode(loss_png).decode()}">'),
-        ("Metrics", "On the evaluation data." if metrics else "No evaluation was made.", table("num", (
-            (*map(e, m[:4]), f'<span class="{m[4]}">{m[4]}</span>') for m in metrics),
-            "<tr><th>Metric<th>Before<th>After<th>Change<th></tr>")),
-        ("Samples", f"{len(samples[:SHOWN])} of {len(samples)} recorded." if samples else "No samples were taken.", shown),
-        ("Learned change", "The size of each change relative to its weight, ‖ΔW‖ / ‖W‖: a bar for each layer, one scale "
-         "for all panels." if modules else "The change of the modules was not measured.", _bars(modules)),
-        ("Data", e(" · ".join(filter(None, facts["Data"]))), f'<pre class="box" dir="auto">{preview}</pre>' * bool(preview)),
-        ("Verification", " · ".join(filter(None, facts["Verification"])), table("kv", (
-            (e(p.get("name", "?")), words.get(p.get("ok"), "skipped"), e(p.get("detail") or "")) for p in points))),
-        ("Setup", "", table("kv", [(e(k), e(v)) for k, v in (
-            *((k, " · ".join(filter(None, v))) for k, v in facts.items()), *_get(run, "versions").items())])),
-        ("Configuration", "" if _get(run, "config") else "Not recorded.", "".join(
-            f'<pre class="box">{e(json.dumps(c, indent=2, ensure_ascii=False, default=str))}</pre>'
-            for c in [_get(run, "config")] if c)),
+        ("Loss", "No training loss was recorded." if trend == ["—"] else
+         "Thin: each logged training loss; thick: smoothed. Dots: evaluation; dashed: before training.",
+         f'<img class="chart" alt="Training loss from {trend[0]} to {trend[-1]}" '
+         f'src="data:image/png;base64,{b64encode(loss_png).decode()}">'),
+        ("Metrics", "On the evaluation data." if metrics else "No evaluation was made.",
+         table("num", ((*map(_esc, m[:4]), f'<span class="{m[4]}">{m[4]}</span>') for m in metrics),
+               "<tr><th>Metric<th>Before<th>After<th>Change<th></tr>")),
+        ("Samples", f"{len(samples[:SHOWN])} of {len(samples)} shown." if samples else "No samples were taken.", shown),
+        ("Learned change", "Each change relative to its weight, ‖ΔW‖ / ‖W‖. A bar for each layer, one scale for all."
+         if bars else "The change of the modules was not measured.", bars),
+        ("Data", _esc(said["Data"]), f'<pre class="box" dir="auto">{data}</pre>' * bool(data)),
+        ("Verification", said["Verification"], table("kv", (
+            (_esc(q.get("name", "?")), word.get(str(q.get("ok")), "skipped"), _esc(q.get("detail") or ""))
+            for q in _get(run.get("verify"), "points", list)))),
+        ("Setup", "", table("kv", (map(_esc, i) for i in (said | _get(run, "versions")).items()))),
+        ("Configuration", "Not recorded." * (not config), f'<pre class="box two">{_esc(config)}</pre>' * bool(config)),
     ]
-    tiles = [(first[0], f"{first[1]} → {first[2]}", first[3]), *((k, *facts[k]) for k in ("Trained", "Time", "Peak memory"))]
-    title, state = e(run.get("title") or "Training run"), facts["Verification"][0]
+    tiles = "".join(
+        f'<div class="tile"><h3>{_esc(a)}</h3><strong>{_esc(b)}</strong><small>{_esc(c)}</small></div>' for a, b, c in (
+            (m[0], f"{m[1]} → {m[2]}", m[3]), *((k, *facts[k]) for k in ("Trained", "Time", "Peak memory"))))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><style>{CSS}</style></head><body>
-<small>lorakit training report · {e(run.get("date") or "date not recorded")} · verification <b class="{state}">{state}</b></small>
-<h1>{title}</h1><p>{e(facts["Adapter"][0])}, on {e(facts["Base"][0])}</p><div class="grid">
-{"".join(f'<div class="tile"><h3>{e(a)}</h3><strong>{e(b)}</strong><small>{e(c)}</small></div>' for a, b, c in tiles)}</div>
-{f'<ul class="alerts">{alerts}</ul>' * bool(alerts)}
-{"".join(f'<section><h2>{t}</h2><p class="note">{note}</p>{body}</section>' for t, note, body in parts)}</body></html>"""
+<meta name="viewport" content="width=device-width"><style>{CSS}</style></head><body><small>lorakit training report ·
+{_esc(run.get("date") or "date not recorded")} · verification <b class="{state}">{state}</b></small><h1>{title}</h1>
+<p>{_esc(facts["Adapter"][0])} · base {_esc(facts["Base"][0])}</p><div class="grid">{tiles}</div><ul>{alerts}</ul>
+{"".join(f'<section><h2>{t}</h2><p class=note>{note}</p>{body}</section>' for t, note, body in parts)}</body></html>"""
 
 
 def write_report(run: dict, folder: Path) -> dict[str, Path]:
-    """Write `loss.png` and `report.html` into `folder`, each under another name first; -> {"loss": path, "report": path}."""
-    buffer, out, before = io.BytesIO(), {}, _get(_get(run, "metrics"), "before").get("eval_loss")
-    loss_figure(_get(run, "history", list), before).savefig(buffer, format="png")
-    for key, name, content in (("loss", "loss.png", buffer.getvalue()),
-                               ("report", "report.html", html(run, buffer.getvalue()).encode())):
-        out[key] = Path(folder) / name
-        out[key].parent.mkdir(parents=True, exist_ok=True)
-        (part := out[key].with_name(f".{name}.part")).write_bytes(content)
-        part.replace(out[key])
-    return out
+    """Writes `loss.png` and `report.html` into `folder`, both or neither; returns {"loss": path, "report": path}."""
+    png, before = io.BytesIO(), _get(_get(run, "metrics"), "before").get("eval_loss")
+    loss_figure(_get(run, "history", list), before).savefig(png, format="png")
+    with writing(folder) as w:
+        w.path("loss.png").write_bytes(png.getvalue())
+        w.text("report.html", html(run, png.getvalue()))
+    return {"loss": Path(folder) / "loss.png", "report": Path(folder) / "report.html"}
 
 
 def summary(run: dict) -> Any:
     """The run for the terminal: a rich Group of facts, metrics before and after, and what must not be overlooked."""
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    def t(x: str, style: str = "") -> Text:
-        return Text(x.translate(PLAIN), style)
-
-    facts, metrics = Table(box=None, show_header=False, pad_edge=False), Table(box=None, pad_edge=False)
+    facts = Table(box=None, show_header=False, pad_edge=False)
     for name, (figure, rest) in _facts(run).items():
-        bad = "bold red" if figure == "FAIL" else ""
-        facts.add_row(t(name, "dim"), t(figure, bad) + t(f"  {rest}", "dim"))
-    for i, name in enumerate(("", "before", "after", "change", "")):
-        metrics.add_column(name, justify="right" if 0 < i < 4 else "left")
+        facts.add_row(Text(name, "dim"), Text(figure, "bold red" * (figure == "FAIL")) + Text(f"  {rest}", "dim"))
+    grid = Table("", *(Column(c, justify="right") for c in ("before", "after", "change")), "", box=None, pad_edge=False)
     for m in _metrics(run):
-        metrics.add_row(*map(t, m))
-    return Group(t(_text(run.get("title") or "Training run"), "bold"), facts, *[metrics] * bool(metrics.rows),
-                 *(t(f"! {n}", "red") for n in _notices(run)))
+        grid.add_row(*map(Text, m))
+    return Group(Text(_text(run.get("title") or "Training run"), "bold"), facts, *[grid] * bool(grid.rows),
+                 *(Text(f"! {n}", "red") for n in _notices(run)))
