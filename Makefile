@@ -22,7 +22,7 @@ demo: $(VENV)/.train
 	$(BIN)/python examples/python_reference.py build/demo
 	$(BIN)/lorakit train examples/demo.yaml
 	$(BIN)/lorakit verify build/demo/run/adapter
-	$(BIN)/lorakit generate "The for statement" --adapter build/demo/run/adapter --compare --max-new-tokens 60
+	$(BIN)/lorakit generate "The for statement" --adapter build/demo/run/adapter --compare --max-new-tokens 60 --temperature 0.7
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(N) -m "not slow"

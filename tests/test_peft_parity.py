@@ -12,6 +12,7 @@ import warnings
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lorakit
@@ -294,3 +295,25 @@ def test_peft_with_circular_padding_has_two_functions_and_we_take_the_merged(tmp
     merged = theirs.merge_and_unload()(x)
     assert gap(live, merged) > 1e-2, "PEFT agrees with itself now: strike this test"
     assert gap(lorakit.load(conv(**kw), tmp_path)(x), merged) <= TOL
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_training_takes_the_same_steps(dora, tmp_path):
+    """From PEFT's own start, eight AdamW steps here and there end at the same weights."""
+    x = tiny.ids(4, 9)
+    theirs = peft.get_peft_model(tiny.llama(), peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path / "start")
+    ours = lorakit.load(tiny.llama(), tmp_path / "start", trainable=True)
+    for model in (theirs, ours):
+        model.train()
+        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        for _ in range(8):
+            model(input_ids=x, labels=x).loss.backward()
+            opt.step()
+            opt.zero_grad()
+    theirs.save_pretrained(tmp_path / "end")
+    lorakit.save(ours, tmp_path / "ours")
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("end", "ours"))
+    assert a.keys() == b.keys()
+    for k in a:
+        assert float((a[k] - b[k]).abs().max()) < 2e-5, k

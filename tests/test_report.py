@@ -276,7 +276,7 @@ def test_curve_shows_what_it_is_given():
     thin, thick = raw.get_ydata(), smooth.get_ydata()
     assert np.abs(np.diff(thick)).max() < 0.3 * np.abs(np.diff(thin)).max(), "the thick line is not smoother"
     trend = 2 + 2 * np.exp(-np.arange(1, 101) / 50)
-    assert np.abs(thick - trend).max() < 0.05, "the smoothing shifts the curve"
+    assert np.abs(thick - trend).max() < 0.1 and np.abs(thick - trend)[3:-3].max() < 0.01, "the smoothing shifts the curve"
     assert [w.rsplit(" ", 1)[0] for w in words(figure)] == ["train", "eval", "eval before", "loss", "step"]
 
 

@@ -15,6 +15,7 @@ def main() -> None:
     except ModuleNotFoundError as e:
         sys.exit(f"error: the command line needs the package `{e.name}`; mend: pip install 'lorakit[train]'")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not burn a core that something else uses
     from lorakit.cli.app import app, run
 
     sys.exit(run(app))
