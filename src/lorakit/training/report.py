@@ -154,7 +154,6 @@ def loss_figure(history: list[dict], before: float | None = None) -> Any:
     if bad := [p[0] for p in (*train, *evals) if not math.isfinite(p[1])]:
         ax.plot(bad, [0.03] * len(bad), "x", color=alarm, ms=5, transform=ax.get_xaxis_transform(), clip_on=False)
         ax.text(min(bad), 0.075, "not finite", color=alarm, transform=ax.get_xaxis_transform())
-    train[np.isinf(train)] = evals[np.isinf(evals)] = np.nan
     if len(t := train[np.isfinite(train[:, 1])]):
         k, many = np.bartlett(2 * max(2, len(t) // 25) + 1), len(t) >= 30  # fewer points are shown as they are
         smooth = np.convolve(t[:, 1], k, "same") / np.convolve(np.ones(len(t)), k, "same") if many else t[:, 1]
