@@ -253,7 +253,7 @@ def test_overfitting_is_noticed():
 
 
 def test_bars_share_one_scale_and_group_by_kind():
-    source = page(without(modules=RUN["modules"][::-1][1:] + RUN["modules"][-1:])).source  # the layers come out of order
+    source = page(without(modules=RUN["modules"][::-1][1:] + RUN["modules"][-1:])).source  # not in order
     panels = re.findall(r"<figure><figcaption>(.*?)<span>(.*?)</span>.*?(<rect.*?)</svg><small>(.*?)</small>", source)
     assert [(a, b, d) for a, b, _, d in panels] == [
         ("mlp.up_proj", "max 2.00 %", "layer 0 to 1"), ("self_attn.q_proj", "max 2.00 %", "layer 0 to 1"),

@@ -127,7 +127,7 @@ def _files(out: Report, folder: Folder) -> None:
     if folder.receipt is None:
         out.add("files", None, f"{len(folder.tensors)} tensors read, but there is no receipt.json (another library wrote this)")
         return
-    if changed := folder.changed():
+    if changed := folder.changed:
         out.add("files", False, f"{changed} is not the file this receipt was written for: it changed after saving")
         return
     out.add("files", True, f"{len(folder.tensors)} tensors, digests equal the receipt's")

@@ -110,7 +110,10 @@ def writing(folder: str | Path) -> Iterator[FolderWrite]:
             _clean(folder)
         out = FolderWrite(folder)
         yield out
+        umask = os.umask(0)
+        os.umask(umask)
         for name in out.names:
+            (folder / f"{PREFIX}{name}").chmod(0o666 & ~umask)  # some writers make files that only their owner can read
             _flush(folder / f"{PREFIX}{name}")
         ready = folder / f"{PREFIX}journal"
         ready.write_text(json.dumps(out.names), encoding="utf-8")

@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
 
 def _read_back(path: Path, tensors: Mapping[str, Tensor]) -> None:
     folder = Folder(path)
-    if changed := folder.changed():
+    if changed := folder.changed:
         raise LorakitError(f"{path}: {changed} read back from disk is not what was written")
     for k, t in tensors.items():
         if k not in folder.tensors or not torch.equal(folder.tensors[k], t):
@@ -162,12 +162,9 @@ class Folder:
             self.tensors = peft.read_tensors(self.path / peft.TENSORS)
             receipt = self.path / peft.RECEIPT
             self.receipt = read_json(receipt) if receipt.is_file() else None
+            written = (self.receipt or {}).get("files", {})
+            self.changed = next((f for f, was in written.items() if sha256(self.path / f) != was), None)  # not what the receipt was written for
         self.methods = peft.methods_of(self.config, self.tensors, self.path / peft.CONFIG)
-
-    def changed(self) -> str | None:
-        """The file that is not the one the receipt was written for, if any."""
-        files = (self.receipt or {}).get("files", {})
-        return next((f for f, was in files.items() if sha256(self.path / f) != was), None)
 
     @property
     def spec(self) -> Spec:
@@ -241,8 +238,8 @@ def _and(keys: Sequence[str]) -> str:
 def load(model: nn.Module, path: str | Path, name: str, check_base: bool = True) -> Folder:
     """Puts a saved adapter on the model and makes it the active one.
 
-    Every tensor must find its place and every place its tensor; with a receipt the base's fingerprint must match
-    (`check_base`). Raises LorakitError otherwise and leaves the model as it was.
+    Every tensor must find its place and every place its tensor; with a receipt the files must be those it was written for
+    and the base's fingerprint must match (`check_base`). Raises LorakitError otherwise and leaves the model as it was.
     """
     folder = Folder(path)
     if check_base and folder.receipt:
@@ -251,4 +248,7 @@ def load(model: nn.Module, path: str | Path, name: str, check_base: bool = True)
     with host.tentative(model, name):
         attach(model, name, folder.spec, plan, empty=True)
         fill(model, name, folder)
+        if check_base and folder.changed:
+            raise LorakitError(f"{folder.path / folder.changed} is not the file its receipt was written for: it changed after saving. Mend: bring "
+                               "it back, or, if the change was meant, delete receipt.json or pass check_base=False")
     return folder

@@ -45,11 +45,14 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _digests(t: Tensor) -> dict[str, Any]:
-    t = t.detach().to("cpu").contiguous()
-    flat = t.reshape(-1)
-    step = max(1, -(-flat.numel() // SAMPLE))
-    few = flat[::step].to(torch.bfloat16) if t.is_floating_point() else flat[::step]
-    return {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "exact": _sha(flat), "values": _sha(few)}
+    flat = t.detach().to("cpu").contiguous().reshape(-1)
+    return {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "exact": _sha(flat), "values": _sample(t)}
+
+
+def _sample(t: Tensor) -> str:
+    flat = t.detach().reshape(-1)
+    few = flat[:: max(1, -(-flat.numel() // SAMPLE))].cpu()
+    return _sha(few.to(torch.bfloat16) if t.is_floating_point() else few)
 
 
 def _sha(t: Tensor) -> str:
@@ -57,12 +60,16 @@ def _sha(t: Tensor) -> str:
 
 
 def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Name -> digests of every base tensor; kept until a tensor changes. LorakitError while adapters are merged into it."""
+    """Name -> digests of every base tensor. LorakitError while adapters are merged into it.
+
+    On an adapted model the whole digests are kept until a tensor is replaced or its sampled values change, so that a
+    checkpoint costs samples only.
+    """
     state = state_of(model) if any(isinstance(m, Host) for m in model.modules()) else None
     if state and state.merged is not None:
         raise LorakitError("the base cannot be fingerprinted while adapters are merged into it; mend: lorakit.unmerge(model)")
     tensors = {n: t for n, t in base_tensors(model).items() if t.device.type != "meta"}
-    taken_of = {n: (id(t), t._version, t.data_ptr()) for n, t in tensors.items()}
+    taken_of = {n: (t.data_ptr(), t._version, _sample(t)) for n, t in tensors.items()} if state else None
     if state and state.prints and state.prints[0] == taken_of:
         return state.prints[1]
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # hashing releases the interpreter lock
@@ -78,8 +85,8 @@ def compare_bases(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mappin
     for n in was:
         if n in now and list(was[n]["shape"]) != list(now[n]["shape"]):
             out.append(f"{n}: shape {was[n]['shape']} when saved, {now[n]['shape']} here")
-        elif n in now and was[n]["exact"] != now[n]["exact"] and was[n]["values"] != now[n]["values"]:
-            out.append(f"{n}: values differ ({was[n]['values']} when saved, {now[n]['values']} here)")
+        elif n in now and (which := "exact" if was[n]["dtype"] == now[n]["dtype"] else "values") and was[n][which] != now[n][which]:
+            out.append(f"{n}: values differ ({was[n][which]} when saved, {now[n][which]} here)")
     return out
 
 

@@ -223,7 +223,7 @@ font-family:ui-monospace,Menlo,Consolas,monospace}.box{background:var(--soft);pa
 max-height:none}ul:empty{display:none}.after{border-left:2px solid var(--acc);padding-left:12px}mark{
 background:var(--mark);color:inherit;border-bottom:1.5px solid var(--acc)}@media print{@page{margin:16mm}body{padding:0;
 font-size:10.5pt;print-color-adjust:exact}pre{max-height:none}h2,.note{break-after:avoid}h1+p+.grid{gap:16px;
-grid-template-columns:repeat(4,1fr)}}"""
+grid-template-columns:repeat(4,1fr)}}.num{overflow-wrap:normal}"""
 
 
 def html(run: dict, loss_png: bytes) -> str:
