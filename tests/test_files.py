@@ -264,7 +264,7 @@ def test_an_empty_tensor_is_never_written(tmp_path):
 def outcome(folder):
     """Which of the two adapters a folder holds; it must be one of them, whole, and load."""
     read = Folder(folder)
-    assert read.changed() is None, f"{read.changed()} is not the one of the receipt"
+    assert read.changed is None, f"{read.changed} is not the one of the receipt"
     model = lorakit.load(net(), folder)
     x = torch.ones(1, 6)
     with torch.no_grad():

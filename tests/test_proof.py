@@ -315,9 +315,10 @@ def test_load_with_probe_refuses_what_does_not_compute_what_it_did(saved):
     (saved / CONFIG).write_text(json.dumps(config | {"lora_alpha": 3}))
     model = adapted(seed=2)
     y = logits(model)
-    with pytest.raises(LorakitError, match="probe: logits differ by"):
-        lorakit.load(model, saved, "new", probe=True)
-    assert torch.equal(logits(model), y) and lorakit.active(model) == {"default": 1.0}
+    for check, why in ((True, "adapter_config.json is not the file its receipt was written for"), (False, "probe: logits differ by")):
+        with pytest.raises(LorakitError, match=why):
+            lorakit.load(model, saved, "new", probe=True, check_base=check)
+        assert torch.equal(logits(model), y) and lorakit.active(model) == {"default": 1.0}
 
 
 def test_save_merged_refuses_a_folder_that_is_not_what_was_merged(tmp_path, monkeypatch):
