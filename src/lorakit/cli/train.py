@@ -7,7 +7,8 @@
     lorakit train run.yaml --from-adapter runs/a/adapter --stage freeze
 
 Data may be JSONL, JSON, CSV, Parquet or text, a file, a folder or a hub name; `messages`, ShareGPT, Alpaca, prompt and
-completion, text, and text with a label are told apart by their columns. The loss is on answers only unless you say otherwise.
+completion, text, text with a label, and preference pairs (chosen, rejected: DPO through TRL) are told apart by their columns. The loss
+is on answers only unless you say otherwise.
 
 The run folder holds `config.yaml` (resolved, runs again), `checkpoint-*`, `adapter/` (a PEFT folder with a receipt),
 `run.json`, `loss.png` and `report.html`. The saved adapter is verified on a base that is read from disk anew.
