@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 import lorakit
 from lorakit.errors import LorakitError
 from lorakit.hooks import HOOKS, Hook, LoRAPlus
+from lorakit.models import load_tokenizer
 from lorakit.training import AdapterTrainer, AdapterTrainerMixin
 from lorakit.training import config as c
 from lorakit.training import run as r
@@ -191,7 +192,7 @@ class TestTRL:
         model = lorakit.adapt(lorakit_base(base), "dora", r=3, lora_dropout=0.1)
         args = SFTConfig(str(out), max_steps=6, per_device_train_batch_size=4, save_steps=2, report_to="none", learning_rate=1e-2, disable_tqdm=True,
                          use_cpu=True, bf16=False, max_length=48, gradient_checkpointing=False)
-        return Trainer(model=model, args=args, train_dataset=data, processing_class=r.load_tokenizer(base), hooks=[Noisy()],
+        return Trainer(model=model, args=args, train_dataset=data, processing_class=load_tokenizer(base), hooks=[Noisy()],
                        callbacks=[StopAt(stop)] if stop else None)
 
     def test_sft_resumes_to_the_bit(self, base, tmp_path):
@@ -216,7 +217,7 @@ class TestTRL:
         model = lorakit.adapt(lorakit_base(base), "lora", r=3)
         args = DPOConfig(str(out), max_steps=4, per_device_train_batch_size=4, save_steps=2, report_to="none", learning_rate=1e-2, disable_tqdm=True,
                          use_cpu=True, bf16=False, max_length=48, gradient_checkpointing=False)
-        return Trainer(model=model, args=args, train_dataset=data, processing_class=r.load_tokenizer(base), callbacks=[StopAt(stop)] if stop else None)
+        return Trainer(model=model, args=args, train_dataset=data, processing_class=load_tokenizer(base), callbacks=[StopAt(stop)] if stop else None)
 
     def test_dpo_resumes_to_the_bit(self, base, tmp_path):
         straight = self._dpo(base, tmp_path / "a")
@@ -236,7 +237,7 @@ class TestTRL:
         model = lorakit.adapt(tiny.llama(), target_modules=["lm_head"])
         plain = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
         data = Dataset.from_list([{"text": "the cat"}])
-        tok = r.load_tokenizer(base)
+        tok = load_tokenizer(base)
         try:
             trainer = Trainer(model=model, args=plain, train_dataset=data, processing_class=tok)
         except LorakitError as e:

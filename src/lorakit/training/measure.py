@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.training import data as d
-from lorakit.training.preference import preferred, side
-
-if TYPE_CHECKING:
-    from lorakit.training.run import Prepared
+from lorakit.training.prepare import Prepared
 
 
 @contextmanager
@@ -76,11 +73,20 @@ def accuracy(model: nn.Module, rows: Sequence[dict], pad: int, batch: int) -> di
     return {"eval_loss": total / len(rows), "accuracy": right / len(rows)}
 
 
+def preferred(model: nn.Module, p: Prepared) -> float:
+    """Share of held-out pairs whose chosen answer is the likelier one, by the token."""
+    pad, length, right = p.tokenizer.pad_token_id, max(len(r["input_ids"]) for r in p.train.rows), 0
+    for row in p.held:
+        loss = [token_loss(model, d.encode([d.side(row, k)], p.tokenizer, length, True, p.run.data.template).rows, pad, 1) for k in ("chosen", "rejected")]
+        right += loss[0] < loss[1]
+    return right / len(p.held)
+
+
 def _prompts(p: Prepared, rows: Sequence[dict]) -> list[tuple[list[int], str]]:
     """(prompt ids, expected answer) as training saw them; rows without an answer are left out."""
     out = []
     for row in rows:
-        row = side(row, "chosen") if "chosen" in row else row
+        row = d.side(row, "chosen") if "chosen" in row else row
         if "completion" in row:
             prompt, answer = d.split_prompt(row, p.run.data.template)
             out.append((d.prompt_ids(p.tokenizer, prompt), answer))

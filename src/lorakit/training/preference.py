@@ -11,30 +11,10 @@ from torch import nn
 from lorakit.errors import LorakitError, extra
 from lorakit.training import data as d
 from lorakit.training.bridge import AdapterTrainerMixin
+from lorakit.training.prepare import Prepared
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-    from lorakit.training.run import Prepared
-
-
-def side(row: dict, name: str) -> dict:
-    """One answer of a pair as an ordinary row: what the loss and the preview are taken of."""
-    if isinstance(row[name], list):
-        prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-        return {"messages": [*prompt, *row[name]]}
-    return {"prompt": row["prompt"], "completion": row[name]}
-
-
-def preferred(model: nn.Module, p: Prepared) -> float:
-    """Share of held-out pairs whose chosen answer is the likelier one, by the token."""
-    from lorakit.training.measure import token_loss
-
-    pad, length, right = p.tokenizer.pad_token_id, max(len(r["input_ids"]) for r in p.train.rows), 0
-    for row in p.held:
-        loss = [token_loss(model, d.encode([side(row, k)], p.tokenizer, length, True, p.run.data.template).rows, pad, 1) for k in ("chosen", "rejected")]
-        right += loss[0] < loss[1]
-    return right / len(p.held)
 
 
 def dpo(measured: type, p: Prepared, model: nn.Module, args: TrainingArguments, hooks: Sequence[Any]) -> Any:
@@ -61,5 +41,5 @@ def dpo(measured: type, p: Prepared, model: nn.Module, args: TrainingArguments, 
 def _pair(row: dict, template: str | None) -> dict:
     if template is None or isinstance(row["chosen"], list):
         return row
-    prompt, chosen = d.split_prompt(side(row, "chosen"), template)
-    return {"prompt": prompt, "chosen": chosen, "rejected": d.split_prompt(side(row, "rejected"), template)[1]}
+    prompt, chosen = d.split_prompt(d.side(row, "chosen"), template)
+    return {"prompt": prompt, "chosen": chosen, "rejected": d.split_prompt(d.side(row, "rejected"), template)[1]}

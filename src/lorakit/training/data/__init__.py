@@ -11,8 +11,8 @@ token counts as trained only from the second on.
 
 from lorakit.training.data.batch import Collator, pack, packs_apart, preview, split
 from lorakit.training.data.read import IGNORED, Row, read_rows
-from lorakit.training.data.shapes import detect, normalise
+from lorakit.training.data.shapes import detect, normalise, side
 from lorakit.training.data.tokens import CHAT, Encoded, encode, encode_labels, prompt_ids, split_prompt
 
 __all__ = ["CHAT", "IGNORED", "Collator", "Encoded", "Row", "detect", "encode", "encode_labels", "normalise", "pack", "packs_apart", "preview",
-           "prompt_ids", "read_rows", "split", "split_prompt"]
+           "prompt_ids", "read_rows", "side", "split", "split_prompt"]

@@ -140,3 +140,11 @@ def _preference(row: Row, where: str) -> Row:
     if not chosen or not rejected:
         raise LorakitError(f"{where}: an answer is an empty list; mend: drop the row")
     return {"prompt": prompt, "chosen": chosen[cut:], "rejected": rejected[cut:]}
+
+
+def side(row: Row, name: str) -> Row:
+    """One answer (`chosen` or `rejected`) of a preference pair as an ordinary canonical row."""
+    if isinstance(row[name], list):
+        prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+        return {"messages": [*prompt, *row[name]]}
+    return {"prompt": row["prompt"], "completion": row[name]}

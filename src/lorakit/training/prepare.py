@@ -1,0 +1,73 @@
+"""The data of a run: read, told apart, split, encoded, described. No model is loaded here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.models import load_tokenizer
+from lorakit.training import data as d
+from lorakit.training.config import Run
+
+
+@dataclass
+class Prepared:
+    """Everything before the first step."""
+
+    run: Run
+    tokenizer: Any
+    shape: str
+    task: str
+    rows: list[dict]
+    held: list[dict]
+    train: d.Encoded
+    heldout: d.Encoded | None
+    labels: list[str] | None
+    lineage: list[dict] = field(default_factory=list)
+
+
+def prepare(run: Run) -> Prepared:
+    """Reads, tells apart, splits and encodes the data. Raises LorakitError before any model is loaded."""
+    rows = d.read_rows(run.data.train, run.data.split, run.data.limit)
+    shape = d.detect(rows, run.data.columns or None) if run.data.shape == "auto" else run.data.shape
+    rows = d.normalise(rows, shape, run.data.columns or None)
+    held: list[dict] = []
+    if run.data.eval:
+        held = d.normalise(d.read_rows(run.data.eval, run.data.eval_split, run.data.eval_limit), shape, run.data.columns or None)
+    elif run.data.eval_fraction:
+        rows, held = _hold_out(rows, shape, run)
+    held = held[: run.data.eval_limit]
+    task = run.task
+    if task == "auto":
+        task = "sequence-classification" if shape == "classification" else "causal-lm"
+    if (task == "sequence-classification") != (shape == "classification"):
+        raise LorakitError(f"task {task} does not fit data of shape {shape}; mend: leave task at auto, or rename the columns (data.columns)")
+    tok = load_tokenizer(run.base.path, run.base.revision, run.base.trust_remote_code)
+    length = run.data.max_length or min(getattr(tok, "model_max_length", 1024) or 1024, 1024)
+    labels = None
+    if task == "sequence-classification":
+        train, labels = d.encode_labels(rows, tok, length)
+        heldout = d.encode_labels(held, tok, length, labels)[0] if held else None
+    else:
+        plain = (lambda some: [d.side(r, "chosen") for r in some]) if shape == "preference" else list
+        train = d.encode(plain(rows), tok, length, run.data.answer_only, run.data.template)
+        heldout = d.encode(plain(held), tok, length, run.data.answer_only, run.data.template) if held else None
+    return Prepared(run, tok, shape, task, rows, held, train, heldout, labels)
+
+
+def _hold_out(rows: list[dict], shape: str, run: Run) -> tuple[list[dict], list[dict]]:
+    if shape == "text" and len(rows) == 1:  # one long text: its end is held out
+        text = rows[0]["text"]
+        cut = text.rfind("\n", 0, int(len(text) * (1 - run.data.eval_fraction))) + 1 or int(len(text) * (1 - run.data.eval_fraction))
+        return [{"text": text[:cut]}], [{"text": text[cut:]}]
+    return d.split(rows, run.data.eval_fraction, run.train.seed)
+
+
+def describe(p: Prepared) -> str:
+    """The data in a few lines: what was found, how much, and the first rows with what is trained marked."""
+    e = p.train
+    held = f", {len(p.held)} held out" if p.held else ", none held out"
+    lost = f"; {e.dropped} dropped, {e.truncated} truncated" if e.dropped or e.truncated else ""
+    return (f"data: {p.shape}, {len(p.rows)} rows{held}, {e.tokens:,} tokens of which {e.trained_tokens:,} trained{lost}\n"
+            + d.preview(p.train.rows, p.tokenizer, 3))
