@@ -328,3 +328,16 @@ def test_save_merged_refuses_a_folder_that_is_not_what_was_merged(tmp_path, monk
     with pytest.raises(LorakitError, match="read back from disk is not what was merged"):
         lorakit.save_merged(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_sharded_base_is_the_same_base(tmp_path):
+    """One file or many: the fingerprint is of the tensors. A merged model may be sharded too."""
+    tiny.llama().save_pretrained(tmp_path / "one")
+    tiny.llama().save_pretrained(tmp_path / "many", max_shard_size="4KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    model = adapted(seed=2)
+    lorakit.save(model, tmp_path / "a")
+    lorakit.merged(model).save_pretrained(tmp_path / "merged", max_shard_size="4KB")
+    for base in ("one", "many"):
+        report = lorakit.verify(tmp_path / "a", tmp_path / base, tmp_path / "merged")
+        assert report.ok and all(p.ok for p in report.points), str(report)
