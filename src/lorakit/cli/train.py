@@ -60,7 +60,10 @@ def train(
         out.print(f"{part:,} of {whole:,} parameters train ({part / whole:.2%}); nothing was trained or written")
         return
     record = r.train(run, resume=resume, say=lambda s: out.print(s, markup=False))
+    for s in record["samples"]:
+        told = [("prompt", s["prompt"]), ("before", s["before"]), ("after", s["after"]), *([("expected", s["expected"])] if s["expected"] else [])]
+        out.print("\n".join(f"{what + ':':<10}{' '.join(text.split())}" for what, text in told) + "\n", markup=False)
     out.print(report.summary(record))
-    out.print(f"report: {Path(run.output) / 'report.html'}", markup=False)
+    out.print(f"report: {Path(run.output) / 'report.html'}\nloss curve: {Path(run.output) / 'loss.png'}", markup=False)
     if not record["verify"]["ok"]:
         raise LorakitError("the saved adapter did not verify: " + "; ".join(p["detail"] for p in record["verify"]["points"] if p["ok"] is False))
