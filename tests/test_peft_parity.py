@@ -317,3 +317,15 @@ def test_training_takes_the_same_steps(dora, tmp_path):
     assert a.keys() == b.keys()
     for k in a:
         assert float((a[k] - b[k]).abs().max()) < 2e-5, k
+
+
+def test_the_copy_of_a_table_that_peft_keeps_tells_another_base(tmp_path):
+    """PEFT writes no receipt, but the adapted embedding's own table: an adapter put on another base must not pass."""
+    theirs = peft.get_peft_model(tiny.llama(), peft.LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path)
+    lorakit.load(tiny.llama(), tmp_path)
+    other = tiny.llama(seed=3)
+    with pytest.raises(lorakit.LorakitError, match="trained on another base: model.embed_tokens"):
+        lorakit.load(other, tmp_path)
+    assert type(other.model.embed_tokens) is nn.Embedding
+    lorakit.load(other, tmp_path, check_base=False)

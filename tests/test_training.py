@@ -376,6 +376,7 @@ WRONG = {
     "empty data": (["--set", "data.train=empty.jsonl"], "empty"),
     "never answered": (["--set", "data.train=long.jsonl", "--set", "data.max_length=8", "--set", "data.eval_fraction=0"], "label never answered"),
     "no such base": (["--set", "base=./nobase"], "nobase"),
+    "metric without answers": (["--set", "eval.metrics=[exact_match]"], "needs rows with an answer"),
     "unknown hook": (["--set", "hooks=[lora_plsu]"], "did you mean `lora_plus`"),
     "unknown scheduler": (["--set", "train.lr_scheduler_type=cosin"], "cosin"),
 }

@@ -22,6 +22,8 @@ from lorakit.methods.offset import Offset
 from lorakit.sites import adaptable
 from lorakit.spec import Spec, attach
 
+COPY = ".base_layer.weight"  # under this key PEFT keeps a copy of an adapted embedding's table
+
 
 def base_info(model: nn.Module) -> dict[str, Any]:
     """What a config and a receipt say of the base model."""
@@ -195,11 +197,23 @@ def _same_base(model: nn.Module, folder: Folder) -> None:
                            "Mend: load that base, or pass check_base=False if you know better")
 
 
+def other_tables(model: nn.Module, folder: Folder) -> list[str]:
+    """Adapted tables of which PEFT kept a copy in the file, and which are not those of this base; one line each."""
+    slots, out = host.slots(model), []
+    for k in [k for k in folder.tensors if k.endswith(COPY)]:
+        path = k.removeprefix(peft.PREFIX).removesuffix(COPY)
+        slot, was = slots.get(path), folder.tensors[k]
+        here = slot.site.store.read().detach().cpu() if slot else None
+        if here is not None and (here.shape != was.shape or not torch.equal(here.to(torch.bfloat16), was.to(torch.bfloat16))):
+            out.append(f"{path}: the file's copy of its weight {list(was.shape)} is not this base's {list(here.shape)}")
+    return out
+
+
 @torch.no_grad()
 def fill(model: nn.Module, name: str, folder: Folder) -> None:
     places = peft.expected(host.slots(model, name), name)
     tensors, where = dict(folder.tensors), folder.path / peft.TENSORS
-    for k in [k for k in tensors if k.endswith(".base_layer.weight")]:  # PEFT keeps a copy of an adapted embedding's table
+    for k in [k for k in tensors if k.endswith(COPY)]:
         del tensors[k]
     _same_start(model, name, tensors, where)
     missing = [k for k in places if k not in tensors]
@@ -248,6 +262,8 @@ def load(model: nn.Module, path: str | Path, name: str, check_base: bool = True)
     with host.tentative(model, name):
         attach(model, name, folder.spec, plan, empty=True)
         fill(model, name, folder)
+        if check_base and (other := other_tables(model, folder)):
+            raise LorakitError(f"{folder.path} was trained on another base: {other[0]}. Mend: load that base, or pass check_base=False if you know better")
         if check_base and folder.changed:
             raise LorakitError(f"{folder.path / folder.changed} is not the file its receipt was written for: it changed after saving. Mend: bring "
                                "it back, or, if the change was meant, delete receipt.json or pass check_base=False")

@@ -37,20 +37,6 @@ MATHS = ("alora_invocation_tokens", "arrow_config", "bias", "kasa_config", "laye
          "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config")
 
 
-def tensors_of(slots: Mapping[str, Slot], name: str) -> dict[str, Tensor]:
-    """File key -> tensor, in the file's layout; a shared leaf once, under no module's path."""
-    out = {}
-    for path, slot in slots.items():
-        method = slot.methods[name]
-        for leaf, t in slot.params(name).items():
-            if method.leaves[leaf].shared:
-                key, t = _key("", slot, name, leaf), slot.module._modules[slot.attr(name, leaf)]._parameters[name]
-            else:
-                key, t = _key(path, slot, name, leaf), slot.site.pack(t, method.leaves[leaf].axes)
-            out[key] = t.detach().to("cpu").contiguous()
-    return out
-
-
 def _key(path: str, slot: Slot, name: str, leaf: str) -> str:
     key = slot.methods[name].key(leaf, slot.site.lookup).removeprefix("modules_to_save.")
     return f"{PREFIX}{path}.{key}" if path else f"base_model.{key}"

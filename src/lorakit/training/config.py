@@ -62,8 +62,8 @@ class Train(Part):
     optim: str = Field("adamw_torch", description="transformers' optimiser name")
     seed: int = Field(0, ge=0, description="of data order, dropout and adapter start")
     logging_steps: int = Field(10, ge=1, description="steps between points of the loss curve")
-    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default: ten in a run")
-    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default: one at the end of the run's every half")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default: four in a run")
+    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default: two in a run")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     bf16: bool = Field(False, description="bfloat16 autocast")
@@ -75,7 +75,8 @@ class Train(Part):
 class Eval(Part):
     """What is measured before and after."""
 
-    metrics: list[Literal["perplexity", "exact_match", "accuracy"]] = Field([], description="beside the loss; default by the kind of data")
+    metrics: list[Literal["exact_match"]] = Field(
+        [], description="beside what is always measured: loss, and perplexity or accuracy by the kind of data")
     samples: int = Field(3, ge=0, description="prompts shown before and after")
     prompts: list[str] = Field([], description="prompts to show; default: from the held-out data")
     max_new_tokens: int = Field(48, ge=1, description="length of generated text")

@@ -43,6 +43,8 @@ def prepare(run: Run) -> Prepared:
         task = "sequence-classification" if shape == "classification" else "causal-lm"
     if (task == "sequence-classification") != (shape == "classification"):
         raise LorakitError(f"task {task} does not fit data of shape {shape}; mend: leave task at auto, or rename the columns (data.columns)")
+    if run.eval.metrics and (task == "sequence-classification" or shape == "text"):
+        raise LorakitError(f"eval.metrics: {run.eval.metrics[0]} needs rows with an answer to generate, this data is of shape {shape}; mend: leave it out")
     tok = load_tokenizer(run.base.path, run.base.revision, run.base.trust_remote_code)
     length = run.data.max_length or min(getattr(tok, "model_max_length", 1024) or 1024, 1024)
     labels = None

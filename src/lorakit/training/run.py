@@ -63,8 +63,8 @@ def build_model(p: Prepared, say: Say = print) -> nn.Module:
     return api.activate(model, *frozen, "default", chain=bool(frozen))
 
 
-def arguments(run: Run, rows: int) -> TrainingArguments:
-    """transformers' arguments; unknown scheduler or optimiser names are refused there by name."""
+def arguments(run: Run, rows: int, held_out: bool = False) -> TrainingArguments:
+    """transformers' arguments for a run over so many rows; unknown scheduler or optimiser names are refused there by name."""
     t = run.train
     steps = t.max_steps if t.max_steps > 0 else max(1, int(t.epochs * -(-rows // (t.batch_size * t.gradient_accumulation_steps))))
     cuda = torch.cuda.is_available()
@@ -77,7 +77,8 @@ def arguments(run: Run, rows: int) -> TrainingArguments:
             logging_steps=min(t.logging_steps, max(1, steps // 4)), save_strategy="steps", save_steps=t.save_steps or max(1, -(-steps // 2)),
             save_total_limit=t.save_total_limit, gradient_checkpointing=t.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None, bf16=t.bf16, report_to=t.report_to,
-            eval_strategy="no", remove_unused_columns=False, use_cpu=not cuda, dataloader_pin_memory=cuda, disable_tqdm=not sys.stderr.isatty())
+            eval_strategy="steps" if held_out else "no", eval_steps=t.eval_steps or max(1, -(-steps // 4)),
+            remove_unused_columns=False, use_cpu=not cuda, dataloader_pin_memory=cuda, disable_tqdm=not sys.stderr.isatty())
     except (ValueError, TypeError) as e:
         raise LorakitError(f"train: {str(e).splitlines()[0]}") from e
 
@@ -142,14 +143,17 @@ def train(run: Run, *, resume: bool = False, say: Say = print) -> dict[str, Any]
     trainer.measure = partial(evaluate, model, p)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Lines(say))
+    checkpoint = resume and _last(out)
+    if resume and not checkpoint:
+        say(f"{out} holds no whole checkpoint yet: starting from the beginning")
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=resume and _last(out))
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     trainer.evaluate()
     after, shown_after = trainer.measured[1], samples(model, p)
     say("after:  " + _metrics(after))
     adapter = api.save(model, out / "adapter", "default", lineage=p.lineage)
-    record = _record(p, model, trainer, before, after, shown, shown_after, seconds, result, adapter)
+    record = _record(p, model, trainer, before, after, shown, shown_after, seconds, adapter)
     del trainer, model
     gc.collect()
     record["verify"] = proof(run, adapter)
@@ -169,12 +173,7 @@ def proof(run: Run, adapter: Path) -> dict[str, Any]:
 
 def _trainer(p: Prepared, model: nn.Module, hooks: list) -> Any:
     rows = d.pack(p.train.rows, p.run.data.max_length or max(len(r["input_ids"]) for r in p.train.rows)) if p.run.data.packing else p.train.rows
-    args = arguments(p.run, len(rows))
-    if p.heldout is not None:
-        args.eval_strategy = "steps"
-        t = p.run.train
-        steps = t.max_steps if t.max_steps > 0 else max(1, int(t.epochs * -(-len(rows) // (t.batch_size * t.gradient_accumulation_steps))))
-        args.eval_steps = t.eval_steps or max(1, -(-steps // 4))
+    args = arguments(p.run, len(rows), p.heldout is not None)
     if p.shape == "preference":
         return dpo(Measured, p, model, args, hooks)
     return _RunTrainer(model=model, args=args, train_dataset=_Rows(rows), eval_dataset=_Rows(rows[:1]) if p.heldout else None,
@@ -207,7 +206,7 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _record(p, model, trainer, before, after, shown, shown_after, seconds, result, adapter) -> dict[str, Any]:
+def _record(p, model, trainer, before, after, shown, shown_after, seconds, adapter) -> dict[str, Any]:
     run, steps = p.run, trainer.state.global_step
     part, whole = api.trainable(model)
     spec = host.state_of(model).specs["default"]
