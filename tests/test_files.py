@@ -221,6 +221,8 @@ def test_norms_in_the_receipt_are_those_of_the_dense_update(method, tmp_path):
     for path, row in json.loads((tmp_path / RECEIPT).read_text())["modules"].items():
         slot = host.slots(model)[path]
         want = float((slot.map({"default": 1.0}).weight() - slot.map({}).weight()).detach().double().norm())
+        if (bias := slot.bias({"default": 1.0})) is not None:
+            want = (want**2 + float((bias - slot.site.bias).detach().double().square().sum())) ** 0.5
         assert row["delta_norm"] == pytest.approx(want, rel=1e-5)
 
 

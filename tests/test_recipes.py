@@ -110,9 +110,10 @@ def test_a_spec_goes_through_json_and_comes_back_equal(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_ranks_one_and_two_work_from_start_to_file(name, r, tmp_path):
     """Where a rank of 1 means something it must work; all else must refuse by name."""
-    options = {} if RECIPES[name].method.core.replaces else {"r": r}
-    model = lorakit.adapt(tiny.llama(), name, **options, target_modules=["q_proj", "up_proj", "embed_tokens"])
-    base = tiny.logits(tiny.llama())
+    options = {"r": r} if hasattr(RECIPES[name].method.core, "r") else {}
+    build, targets = (tiny.opt, ["q_proj", "fc1"]) if name == "bitfit" else (tiny.llama, ["q_proj", "up_proj", "embed_tokens"])
+    model = lorakit.adapt(build(), name, **options, target_modules=targets)
+    base = tiny.logits(build())
     assert float((tiny.logits(model) - base).abs().max()) < 1e-5, "step 0 is not the base"
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):
@@ -121,11 +122,11 @@ def test_ranks_one_and_two_work_from_start_to_file(name, r, tmp_path):
     y = tiny.logits(model.eval())
     assert float((y - base).abs().max()) > 1e-4, "two steps changed nothing"
     lorakit.save(model, tmp_path)
-    assert float((tiny.logits(lorakit.load(tiny.llama(), tmp_path)) - y).abs().max()) < 1e-5
+    assert float((tiny.logits(lorakit.load(build(), tmp_path)) - y).abs().max()) < 1e-5
     assert float((tiny.logits(lorakit.merged(model)) - y).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if not r.method.core.replaces])
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if hasattr(r.method.core, "r")])
 def test_a_rank_above_the_width_is_allowed_or_refused_by_name(name):
     model = nn.Sequential(nn.Linear(3, 4))
     try:

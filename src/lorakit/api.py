@@ -76,14 +76,42 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Mixed batch, inside a `with` block: row n of every input goes through adapter names[n]; None is the base."""
+    """Mixed batch, inside a `with` block: row n of every input goes through adapter names[n]; None is the base.
+
+    Works in training and inference, with different ranks and methods in one batch. What a model makes of one row follows it:
+    tokens folded into the batch, and under `generate` its beams and returned sequences.
+    """
     state = host.known(model, [n for n in names if n is not None])
+    if state.merged is not None:
+        raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
     order = tuple(dict.fromkeys(n for n in names if n is not None))
     keep, state.rows = state.rows, (order, torch.tensor([-1 if n is None else order.index(n) for n in names]))
+    free, generate = [False], vars(model).get("generate")
+
+    def check(module, args, kwargs):
+        x = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
+        if x is not None and not free[0] and x.dim() and len(x) != len(names):
+            raise ValueError(f"a mixed batch of {len(names)} rows got an input whose first dimension is {len(x)}")
+
+    def generating(*args, **kwargs):  # beams and returned sequences make several entries of one row
+        free[0] = True
+        try:
+            return type(model).generate(model, *args, **kwargs) if generate is None else generate(*args, **kwargs)
+        finally:
+            free[0] = False
+
+    hook = model.register_forward_pre_hook(check, with_kwargs=True)
+    if hasattr(model, "generate"):
+        model.generate = generating
     try:
         yield model
     finally:
         state.rows = keep
+        hook.remove()
+        if generate is not None:
+            model.generate = generate
+        else:
+            vars(model).pop("generate", None)
 
 
 def freeze(model: nn.Module, name: str) -> nn.Module:

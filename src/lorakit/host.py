@@ -1,8 +1,9 @@
 """Puts adapters on a model in place and takes them off again. Knows no method, no layer type, no dtype.
 
-A hosted layer keeps its name, its place and its identity: its class becomes one made from its own, its base keys and ties
-stay, `isinstance` stays true, and `detach` gives back the very object. One `State` per model says which adapters are
-active; every hosted layer points at it, so switching is one assignment and not a walk over modules.
+A hosted module keeps its name, its place and its identity: its class becomes one made from its own, its base keys and ties
+stay, `isinstance` stays true, and `detach` gives back the very object. A layer that is called computes through its adapters;
+a module that reads parameters (attention, fused experts, any other) runs with the adapted values in their place. One `State`
+per model says which adapters are active; every slot points at it, so switching is one assignment and not a walk over modules.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, near
-from lorakit.maps import Affine, Applied, Base, Map, Once, PerRow, Sum, same
+from lorakit.maps import Affine, Applied, Base, Map, Once, PerRow, Sum, each, groups, same, spread
 from lorakit.method import Method, Origin, Params
-from lorakit.sites import Site, check_caller, site_for
+from lorakit.sites import NO_ROWS, Place, Site, batch_of, check_caller, place, site_at
 from lorakit.stores.dense import held
 
 
@@ -46,6 +47,10 @@ class Leaves(nn.Module):
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items())
 
 
+class Holder(nn.Module):
+    """Carries the leaves of a parameter's adapters, as a child of the module that reads the parameter."""
+
+
 @dataclass
 class Absorbed:
     """An adapter whose start was taken out of the base weight; `kept` puts the untouched base back."""
@@ -57,14 +62,20 @@ class Absorbed:
 
 
 class Slot:
-    """What hosting adds to one layer: its geometry and the adapters on it. The tensors are the layer's own children."""
+    """What hosting adds to one target: its geometry and the adapters on it. The tensors are children of `module`, the layer or a Holder."""
 
-    def __init__(self, module: nn.Module, site: Site, state: State):
-        self.module, self.site, self.state = module, site, state
+    def __init__(self, module: nn.Module, site: Site, state: State, path: str = ""):
+        self.module, self.site, self.state, self.path = module, site, state, path
         self.methods: dict[str, Method] = {}
         self.dropout: dict[str, float] = {}
+        self.tied: dict[str, Slot] = {}  # adapter -> the slot whose very tensors it has here
         self.absorbed: Absorbed | None = None
         self.kept: tuple[object, nn.Parameter | None] | None = None  # the base, while merged
+
+    @property
+    def raw(self) -> bool:
+        """Whether the target is a parameter by its own name."""
+        return isinstance(self.module, Holder)
 
     def attr(self, adapter: str, leaf: str) -> str:
         """The child under which a leaf lives: its file key without the final `.weight`."""
@@ -79,6 +90,11 @@ class Slot:
                 out[leaf] = t[tuple(slice(n) for n in self.shapes(adapter)[leaf])]
         return out
 
+    def first(self, adapter: str) -> Params:
+        """The leaves of one matrix: all of them, or the first of a stack."""
+        leaves = self.methods[adapter].leaves
+        return {k: t[0] if self.site.stack and not leaves[k].shared else t for k, t in self.params(adapter).items()}
+
     def whole(self, adapter: str) -> Params:
         """The adapter's tensors on this layer as they are stored, a shared one whole."""
         out = {}
@@ -89,7 +105,8 @@ class Slot:
         return out
 
     def shapes(self, adapter: str) -> dict[str, list[int]]:
-        return self.methods[adapter].shapes(self.site.out, self.site.in_, self.site.bias is not None)
+        method, site = self.methods[adapter], self.site
+        return {k: s if method.leaves[k].shared else [*site.stack, *s] for k, s in method.shapes(site.out, site.in_, site.bias is not None).items()}
 
     def put(self, adapter: str, leaf: str, value: nn.Parameter) -> None:
         attr = self.attr(adapter, leaf)
@@ -133,8 +150,9 @@ class Slot:
             if a in self.methods:
                 begun = b if self.state.chained else b0
                 new = self.methods[a].bias(self.params(a), begun)
-                b = b if new is begun else b + (new - begun) * g
-        return b
+                change = None if new is begun else (new if begun is None else new - begun) * g
+                b = b if change is None else change if b is None else b + change
+        return b if b is b0 else b.to(self.site.dtype)
 
     def affine(self, active: Mapping[str, float]) -> Callable[[Tensor], Tensor]:
         """Map and bias; where every adapter only adds to the base's output, the base's own kernel adds the bias."""
@@ -147,7 +165,20 @@ class Slot:
         if self.state.rows is None:
             return self.affine(self.state.active)
         names, index = self.state.rows
-        return PerRow(self.affine({}), [self.affine({n: 1.0}) for n in names], index)
+        self.check_rows()
+        return PerRow(self.affine({}), [self.affine({n: 1.0}) for n in names], index, self.path)
+
+    def check_rows(self) -> None:
+        if NO_ROWS.search(self.path):
+            raise LorakitError(f"{self.path} does not get the rows of the batch but a choice of tokens or a table, so a mixed batch cannot be followed "
+                               "through it; mend: leave it out of the targets of these adapters")
+
+    def values(self, active: Mapping[str, float]) -> dict[str, Tensor]:
+        """Name -> value of the parameters as these adapters make them, in the base's dtype: what a module that reads them is to see."""
+        site = self.site
+        out = {site.store.name: site.unview(self.map(active).weight()).to(site.dtype)}
+        bias = self.bias(active)
+        return out if bias is site.bias else out | {site.bias_name: bias.to(site.bias.dtype)}
 
     def idle(self) -> bool:
         """Whether the layer's own forward is the answer."""
@@ -157,7 +188,17 @@ class Slot:
 
 
 class Host:
-    """Mixed into a layer's class at run time (`class AdaptedLinear(Host, Linear)`)."""
+    """Marks a module with adapters; mixed into its class at run time (`class AdaptedLinear(Layer, Linear)`)."""
+
+    own_class: type  # what it was
+    mixin: type  # Layer or Reader
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self.own_class, self.mixin), self.__dict__
+
+
+class Layer(Host):
+    """A layer that is called with its input."""
 
     slot: Slot
 
@@ -169,59 +210,142 @@ class Host:
             raise LorakitError(f"{type(self).__name__} was called with more than its input; an adapter would ignore the rest")
         return self.slot.call()(x)
 
-    def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+class Reader(Host):
+    """A module whose forward reads parameters; it runs with the adapted values in their place."""
+
+    slots: dict[str, Slot]  # the parameter's name among the module's targets -> slot
+
+    def forward(self, *args, **kwargs):
+        busy = [s for s in self.slots.values() if not s.idle()]
+        if not busy:
+            return super().forward(*args, **kwargs)
+        rows = busy[0].state.rows
+        if rows is None:
+            with _reading(busy, busy[0].state.active):
+                return super().forward(*args, **kwargs)
+        for s in busy:
+            s.check_rows()
+        batch = batch_of(self, args, kwargs)
+        cut = groups(spread(rows[1], batch.n, busy[0].path))
+        parts = []
+        for i, at in cut:
+            a, k = batch.take(at)
+            with _reading(busy, {} if i < 0 else {rows[0][i]: 1.0}):
+                parts.append(super().forward(*a, **k))
+        return batch.join(parts, [at for _, at in cut])
 
 
-def _rebuild(cls: type) -> nn.Module:
-    new = host_class(cls)
+@contextmanager
+def _reading(busy: Iterable[Slot], active: Mapping[str, float]) -> Iterator[None]:
+    """Inside, the modules find the adapted values under their parameters' names."""
+    values = [(s.site.module.__dict__, s.values(active)) for s in busy]
+    for where, mine in values:
+        where.update(mine)
+    try:
+        yield
+    finally:
+        for where, mine in values:
+            for name in mine:
+                del where[name]
+
+
+def _rebuild(cls: type, mixin: type) -> nn.Module:
+    new = host_class(cls, mixin)
     return new.__new__(new)
 
 
 @cache
-def host_class(cls: type) -> type:
-    """`class Adapted<Name>(Host, <Name>)`, one for each layer class."""
-    return type(f"Adapted{cls.__name__}", (Host, cls), {"__module__": __name__})
+def host_class(cls: type, mixin: type) -> type:
+    """`class Adapted<Name>(Layer or Reader, <Name>)`, one for each class."""
+    return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": __name__, "own_class": cls, "mixin": mixin})
 
 
-def host(module: nn.Module, state: State, path: str = "") -> Slot:
-    """Makes a layer a host, or returns the slot it already has."""
-    if isinstance(module, Host):
-        return module.slot
+def _take_class(module: nn.Module, mixin: type, path: str) -> None:
     hooked = "_old_forward" in vars(module)  # accelerate wrapped it first: its hook must call us, not the old class
     if "forward" in vars(module) and not hooked:
         raise LorakitError(f"{path or 'this layer'}: its forward was replaced on the instance (by another library?), so an adapter "
                            "would be skipped silently; mend: adapt the model first, or undo that replacement")
-    site = site_for(module, path)
-    module.__class__ = host_class(type(module))
+    module.__class__ = host_class(type(module), mixin)
     if hooked:
-        module._old_forward = MethodType(Host.forward, module)
-    module.__dict__["slot"] = Slot(module, site, state)
-    return module.slot
+        module._old_forward = MethodType(mixin.forward, module)
 
 
-def unhost(module: nn.Module) -> None:
-    """Gives the layer its own class back."""
-    slot = module.__dict__.pop("slot")
+def host(modules: Mapping[str, nn.Module], state: State, path: str) -> Slot:
+    """Makes the module at a target's place a host, or returns the slot the target already has."""
+    at = place(modules, path)
+    if at is None:
+        raise LorakitError(f"the model has no module or parameter `{path}`{near(path, modules)}")
+    module, mixin = modules[at.owner], Reader if at.key else Layer
+    if isinstance(module, Host) and module.mixin is not mixin:
+        raise LorakitError(f"{path}: another adapter is on {'the layer itself' if at.key else 'a parameter of this layer'}; mend: target the same of the two")
+    if isinstance(module, Host) and (slot := slot_in(module, at.key)):
+        return slot
+    check_caller(modules, path)
+    site = site_at(modules, path)
+    if not isinstance(module, Host):
+        _take_class(module, mixin, path)
+    if not at.key:
+        module.__dict__["slot"] = Slot(module, site, state, path)
+        return module.slot
+    keep = module._modules.get(at.key)  # a child layer that is not called carries the leaves itself
+    if keep is None:
+        keep = Holder().train(module.training)
+        module.add_module(f"{at.key}_adapter", keep)
+    slot = Slot(keep, site, state, path)
+    module.__dict__.setdefault("slots", {})[at.key] = slot
+    return slot
+
+
+def slot_in(module: nn.Module, key: str = "") -> Slot | None:
+    """The slot a host has for its own call, or for one of the parameters it reads."""
+    return module.__dict__.get("slots", {}).get(key) if key else module.__dict__.get("slot")
+
+
+def unhost(modules: Mapping[str, nn.Module], at: Place) -> None:
+    """Takes a slot off; with its last one a module gets its own class back."""
+    module = modules[at.owner]
+    if type(module) is not host_class(module.own_class, module.mixin):
+        raise LorakitError(f"{at.owner}: {type(module).__name__} is no longer the class an adapter made (sharded since?), so it cannot be taken off here")
+    slot = module.__dict__["slots"].pop(at.key) if at.key else module.__dict__.pop("slot")
     if slot.absorbed:
         slot.site.store.put(slot.absorbed.kept)
-    module.__class__ = type(module).__mro__[2]
+    if isinstance(slot.module, Holder):
+        del module._modules[f"{at.key}_adapter"]
+    if module.__dict__.get("slots"):
+        return
+    module.__dict__.pop("slots", None)
+    module.__class__ = module.own_class
     if "_old_forward" in vars(module):
         module._old_forward = MethodType(type(module).forward, module)
 
 
+def slots_of(module: nn.Module, path: str = "") -> dict[str, Slot]:
+    """Path -> slot of the targets of one module."""
+    if not isinstance(module, Host):
+        return {}
+    if slot := module.__dict__.get("slot"):
+        return {path: slot}
+    return {f"{path}.{k}" if path else k: s for k, s in module.slots.items()}
+
+
 def slots(model: nn.Module, adapter: str | None = None) -> dict[str, Slot]:
-    """Path -> slot of every hosted layer, or of those that have this adapter."""
-    every = {n: m.slot for n, m in model.named_modules() if isinstance(m, Host)}
+    """Path -> slot of every target, or of those that have this adapter."""
+    every = {p: s for n, m in model.named_modules() if isinstance(m, Host) for p, s in slots_of(m, n).items()}
     return every if adapter is None else {n: s for n, s in every.items() if adapter in s.methods}
 
 
 def state_of(model: nn.Module) -> State:
     """The model's shared state. LorakitError if it has no adapter."""
-    for m in model.modules():
-        if isinstance(m, Host):
-            return m.slot.state
-    raise LorakitError(f"this {type(model).__name__} has no adapters; mend: lorakit.adapt(model, ...) or lorakit.load(model, path)")
+    state = find_state(model)
+    if state is None:
+        raise LorakitError(f"this {type(model).__name__} has no adapters; mend: lorakit.adapt(model, ...) or lorakit.load(model, path)")
+    return state
+
+
+def find_state(model: nn.Module) -> State | None:
+    """The model's shared state, or None if it has no adapter."""
+    return next((s.state for m in model.modules() if isinstance(m, Host) for s in slots_of(m).values()), None)
 
 
 def known(model: nn.Module, names: Iterable[str]) -> State:
@@ -242,42 +366,45 @@ def generator(seed: int, path: str) -> torch.Generator:
 StartFn = Callable[[Method, Params, Origin, torch.Generator], None]
 
 
-def _device(module: nn.Module, site: Site) -> torch.device:
+def _device(site: Site) -> torch.device:
     device = site.store.read().device
-    hook = getattr(module, "_hf_hook", None)  # offloaded by accelerate: the weight is on meta, the work is done elsewhere
+    hook = getattr(site.module, "_hf_hook", None)  # offloaded by accelerate: the weight is on meta, the work is done elsewhere
     where = getattr(hook, "execution_device", None)
     return torch.device(where) if device.type == "meta" and where is not None else device
 
 
 @torch.no_grad()
 def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *, dropout: float = 0.0, freeze: tuple[str, ...] = (),
-           start: StartFn | None = None, absorb: bool = False, seed: int = 0, empty: bool = False) -> State:
+           start: StartFn | None = None, absorb: bool = False, seed: int = 0, empty: bool = False, ties: Mapping[str, str] | None = None) -> State:
     """Puts one adapter, a method for each path, on the model. All or nothing: on an error the model is as before.
 
     start: sets leaves away from their own start. absorb: takes delta(start) out of the base. empty: leaves stay unset
-    (about to be loaded). The base is frozen; leaves are at least float32 and live where their layer's weight lives.
+    (about to be loaded). ties: target -> the target whose very leaves it has. The base is frozen; leaves are at least
+    float32 and live where their target lives.
     """
     if not name or "." in name:
         raise LorakitError(f"an adapter's name is one word without dots, not {name!r}")
-    modules = dict(model.named_modules())
-    first = not any(isinstance(m, Host) for m in modules.values())
-    state = State() if first else state_of(model)
+    modules, ties = dict(model.named_modules()), ties or {}
+    state = find_state(model)
+    first, state = state is None, state or State()
     if name in state.specs:
         raise LorakitError(f"the model already has an adapter `{name}`; mend: another name, or lorakit.delete(model, {name!r}) first")
     if state.merged is not None:
         raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
     if first:
         state.required_grad = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
-    done: list[str] = []
+    done: dict[str, Slot] = {}
     try:
         bank = _bank(modules, plan, seed, freeze)
-        for path, method in plan.items():
-            module = modules[path]
-            done.append(path)
-            check_caller(modules.get(path.rpartition(".")[0]), path)
-            slot = host(module, state, path)
+        for path, method in sorted(plan.items(), key=lambda kv: kv[0] in ties):
+            slot = done[path] = host(modules, state, path)
             slot.methods[name], slot.dropout[name] = method, dropout
-            _fill(slot, name, method, bank, start, absorb, generator(seed, path), freeze, empty)
+            if why := method.unfit(slot.site):
+                raise LorakitError(f"{path}: {why}")
+            if path in ties:
+                _tie(slot, name, done[ties[path]])
+            else:
+                _fill(slot, name, method, bank, start, absorb, generator(seed, path), freeze, empty)
     except BaseException:
         _strip(modules, name, done)
         raise
@@ -294,9 +421,8 @@ def _bank(modules, plan: Mapping[str, Method], seed: int, freeze: tuple[str, ...
     for path, method in plan.items():
         if not any(leaf.shared for leaf in method.leaves.values()):
             continue
-        module = modules[path]
-        site = module.slot.site if isinstance(module, Host) else site_for(module, path)
-        keep, device = torch.promote_types(keep, site.dtype), device or _device(module, site)
+        site = site_at(modules, path)
+        keep, device = torch.promote_types(keep, site.dtype), device or _device(site)
         for k, s in method.shapes(site.out, site.in_).items():
             if method.leaves[k].shared:
                 shared[k] = (method, [max(a, b) for a, b in zip(s, shared.get(k, (method, s))[1], strict=True)])
@@ -305,24 +431,52 @@ def _bank(modules, plan: Mapping[str, Method], seed: int, freeze: tuple[str, ...
             for k, (m, s) in shared.items()}
 
 
+def _tie(slot: Slot, name: str, source: Slot) -> None:
+    slot.tied[name], slot.dropout[name] = source, 0.0
+    for leaf in source.whole(name):
+        slot.put(name, leaf, source.module._modules[source.attr(name, leaf)]._parameters[name])
+
+
 def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, empty) -> None:
-    site, module = slot.site, slot.module
-    device = _device(module, site)
-    base = slot.map(slot.state.active) if slot.state.chained else Base(site)  # around those in effect, or around the layer
-    origin = Origin(lambda: base.weight().to("cpu", torch.float32), None if site.bias is None else site.bias.to("cpu"), site.lookup)
+    site, device = slot.site, _device(slot.site)
     keep = torch.promote_types(site.dtype, torch.float32)  # adapters never live below float32
     if empty or device.type == "meta":
         p = {k: torch.empty(s) for k, s in slot.shapes(name).items()}
     else:
-        p = method.start(site.out, site.in_, origin, gen)
-        if start:
-            start(method.core, p, origin, gen)
-        if absorb:
-            _absorb(slot, name, method.core, {k: p[k].clone() for k in method.core.leaves})
-        method.settle(p, origin)
+        p = _begin(slot, name, method, start, absorb, gen)
     for k, v in p.items():
         trains = method.leaves[k].trains and k not in freeze
         slot.put(name, k, bank[k] if k in bank else nn.Parameter(v.to(device, keep).contiguous(), trains))
+
+
+def _begin(slot: Slot, name: str, method: Method, start, absorb: bool, gen: torch.Generator) -> Params:
+    """The leaves at their start, on the CPU in float32; every matrix of a stack has its own."""
+    site = slot.site
+    base = slot.map(slot.state.active) if slot.state.chained else Base(site)  # around those in effect, or around the target
+    whole: list[Tensor] = []  # the base, read once and only if something asks
+
+    def origin(n: int) -> Origin:
+        def W() -> Tensor:
+            whole[:] = whole or [base.weight().to("cpu", torch.float32)]
+            return whole[0][n] if site.stack else whole[0]
+
+        bias = None if site.bias is None else site.bias.to("cpu")
+        return Origin(W, bias[n] if bias is not None and site.stack else bias, site.lookup)
+
+    many = range(site.stack[0] if site.stack else 1)
+    p = [method.start(site.out, site.in_, origin(n), gen) for n in many]
+    for n in many if start else ():
+        start(method.core, p[n], origin(n), gen)
+    if absorb:
+        _absorb(slot, name, method.core, _stacked(method, [{k: q[k].clone() for k in method.core.leaves} for q in p], site))
+        whole.clear()
+    for n in many:
+        method.settle(p[n], origin(n))
+    return _stacked(method, p, site)
+
+
+def _stacked(method: Method, p: list[Params], site: Site) -> Params:
+    return {k: torch.stack([q[k] for q in p]) if site.stack and not method.leaves[k].shared else p[0][k] for k in p[0]}
 
 
 @torch.no_grad()
@@ -334,30 +488,27 @@ def _absorb(slot: Slot, name: str, core: Method, p0: Params) -> None:
     site, kept = slot.site, slot.site.store.take()
     W = Base(site).weight()
     p0 = {k: v.to(W.device) for k, v in p0.items()}
-    site.store.write(site.unview(W - (core.weight(p0, W) - W)))
+    site.store.write(site.unview(W - (each(site, core, core.weight, p0, W) - W)))
     slot.absorbed = Absorbed(name, core, p0, kept)
 
 
-def _strip(modules: Mapping[str, nn.Module], name: str, paths: Iterable[str]) -> None:
-    for path in paths:
-        module = modules[path]
-        if not isinstance(module, Host):
-            continue
-        slot = module.slot
-        if name in slot.methods:
-            for leaf in slot.methods[name].leaves:
-                attr = slot.attr(name, leaf)
-                holder = module._modules.get(attr)
-                if holder is not None:
-                    holder._parameters.pop(name, None)
-                    if not holder._parameters:
-                        del module._modules[attr]
-            del slot.methods[name], slot.dropout[name]
+def _strip(modules: Mapping[str, nn.Module], name: str, on: Mapping[str, Slot]) -> None:
+    """Takes an adapter off these slots, which may have been given it only in part."""
+    for path, slot in on.items():
+        for leaf in slot.methods[name].leaves if name in slot.methods else ():
+            attr = slot.attr(name, leaf)
+            holder = slot.module._modules.get(attr)
+            if holder is not None:
+                holder._parameters.pop(name, None)
+                if not holder._parameters:
+                    del slot.module._modules[attr]
+        for table in (slot.methods, slot.dropout, slot.tied):
+            table.pop(name, None)
         if slot.absorbed and slot.absorbed.adapter == name:
             slot.site.store.put(slot.absorbed.kept)
             slot.absorbed = None
         if not slot.methods:
-            unhost(module)
+            unhost(modules, place(modules, path))
 
 
 def delete(model: nn.Module, name: str) -> None:
@@ -365,8 +516,7 @@ def delete(model: nn.Module, name: str) -> None:
     state = known(model, [name])
     if state.merged is not None:
         raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
-    modules = dict(model.named_modules())
-    _strip(modules, name, [n for n, m in modules.items() if isinstance(m, Host) and name in m.slot.methods])
+    _strip(dict(model.named_modules()), name, slots(model, name))
     del state.specs[name]
     state.active.pop(name, None)
     if not state.specs:
@@ -377,12 +527,13 @@ def delete(model: nn.Module, name: str) -> None:
 @contextmanager
 def tentative(model: nn.Module, name: str) -> Iterator[None]:
     """An adapter put on inside stays only if the block ends without an error; else it goes, and what was active is so again."""
-    state = next((m.slot.state for m in model.modules() if isinstance(m, Host)), None)
+    state = find_state(model)
     active, there = state.active if state else {}, bool(state) and name in state.specs
     try:
         yield
     except BaseException:
-        if not there and any(name in m.slot.state.specs for m in model.modules() if isinstance(m, Host)):
+        now = find_state(model)
+        if not there and now is not None and name in now.specs:
             delete(model, name)
         if state:
             state.active = active
@@ -422,19 +573,30 @@ def merge(model: nn.Module) -> None:
             done.append(slot)
             slot.site.store.write(slot.site.unview(W))
             if bias is not slot.site.bias:
-                slot.module.bias = nn.Parameter(bias.detach().to(slot.site.bias.dtype).clone(), requires_grad=False)
+                slot.site.put_bias(nn.Parameter(bias.detach().to(slot.site.dtype).clone(), requires_grad=False))
+        for slot in done:
+            _keep_tied(slot, done)
     except BaseException:
         _put_back(done)
         raise
     state.merged, state.active = state.active, {}
 
 
+def _keep_tied(slot: Slot, done: Iterable[Slot]) -> None:
+    """Two weights that were one object and got the same update are one object again."""
+    sources = {id(s): s for s in slot.tied.values()}
+    source = next(iter(sources.values())) if len(sources) == 1 else None
+    mine = set(slot.state.active) & set(slot.methods)
+    if source in done and source.kept[0] is slot.kept[0] and mine == set(slot.tied) & mine == set(slot.state.active) & set(source.methods):
+        slot.site.store.put(source.site.store.take())
+
+
 def _put_back(done: Iterable[Slot]) -> None:
     for slot in done:
         weight, bias = slot.kept
         slot.site.store.put(weight)
-        if bias is not None and slot.module.bias is not bias:
-            slot.module.bias = bias
+        if slot.site.bias is not bias:
+            slot.site.put_bias(bias)
         slot.kept = None
 
 
@@ -456,7 +618,7 @@ def unload(model: nn.Module) -> nn.Module:
     for slot in slots(model).values():
         slot.kept = slot.absorbed = None
     for name in list(state.specs):
-        _strip(modules, name, [n for n, m in modules.items() if isinstance(m, Host) and name in m.slot.methods])
+        _strip(modules, name, slots(model, name))
     for n, p in model.named_parameters():
         p.requires_grad_(n in state.required_grad)
     return model

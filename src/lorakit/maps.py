@@ -1,7 +1,8 @@
 """A linear map seen two ways: as an action on activations and as a matrix. Everything else is a function between them.
 
 Symbols used in the whole code base: o outputs, i inputs, r rank, b batch; W (o, i), A (r, i), B (o, r).
-A map leaves out the bias unless its base was given one; `weight()` is at least float32.
+A map leaves out the bias unless its base was given one; `weight()` is at least float32. Where a parameter holds a stack of
+matrices, weights and leaves have its dimension in front.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Map(ABC):
         ...
 
     def row_sq(self) -> Tensor:  # (o,): the squared norm of every row
-        return self.weight().square().sum(1)
+        return self.weight().square().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+def each(site: Site, method: Method, what: Callable, p: dict[str, Tensor], *more: Tensor):
+    """what(p, *more), for every matrix of a stack where the site holds one; a leaf that the whole model shares is not stacked."""
+    if not site.stack:
+        return what(p, *more)
+    dims = {k: None if method.leaves[k].shared else 0 for k in p}
+    return torch.vmap(what, (dims, *(0 for _ in more)))(p, *more)
+
+
 @dataclass(frozen=True)
 class Applied(Map):
     """One method with its parameters around an inner map; `gain` g gives inner + g (applied - inner)."""
@@ -98,7 +107,7 @@ class Applied(Map):
 
     def weight(self):
         W = self.inner.weight()
-        V = self.method.weight(self.p, W)
+        V = each(self.site, self.method, self.method.weight, self.p, W)
         return V if self.gain == 1.0 else W + (V - W) * self.gain
 
 
@@ -135,20 +144,32 @@ class Affine:
         return self.site.add_bias(self.map(x), self.bias)
 
 
+def spread(index: Tensor, n: int, where: str = "a layer") -> Tensor:
+    """The adapter of each of n entries along a batch dimension: one row may stand for several in a row (tokens folded into it, beams)."""
+    if n % len(index):
+        raise ValueError(f"a mixed batch of {len(index)} rows reached {where} as an input whose first dimension is {n}, which is no multiple of it")
+    return index.repeat_interleave(n // len(index))
+
+
+def groups(index: Tensor) -> list[tuple[int, Tensor]]:
+    """(adapter or -1, the rows it has), in order."""
+    return [(i, (index == i).nonzero().squeeze(1)) for i in index.unique().tolist()]
+
+
 @dataclass(frozen=True)
 class PerRow:
-    """Mixed batch: row b of the batch goes through calls[index[b]]; -1 means the base."""
+    """Mixed batch: row b of the batch goes through calls[index[b]]; -1 means the base. An input of one row is every row's."""
 
     base: Callable[[Tensor], Tensor]
     calls: Sequence[Callable[[Tensor], Tensor]]
     index: Tensor  # (b,), on the CPU
+    where: str = "a layer"
 
     def __call__(self, x):
-        if len(x) != len(self.index):
-            raise ValueError(f"a mixed batch of {len(self.index)} rows got an input whose first dimension is {len(x)}")
+        x = x.expand(len(self.index), *x.shape[1:]) if len(x) == 1 else x
         y = None
-        for i in self.index.unique().tolist():
-            rows = (self.index == i).nonzero().squeeze(1).to(x.device)
+        for i, rows in groups(spread(self.index, len(x), self.where)):
+            rows = rows.to(x.device)
             part = (self.base if i < 0 else self.calls[i])(x[rows])
             y = part.new_zeros(len(x), *part.shape[1:]) if y is None else y
             y = y.index_copy(0, rows, part)

@@ -142,6 +142,7 @@ class Method(ABC):
     adds: ClassVar[bool] = False  # act is f(x) + something, so that f may bring the bias along
     reads_base: ClassVar[bool] = False  # delta depends on W, so no part of it can be taken out of W beforehand
     replaces: ClassVar[bool] = False  # the result does not depend on the base's weight and bias at all
+    follows: ClassVar[bool] = False  # a weight that is tied to the target's follows unasked
 
     @abstractmethod
     def weight(self, p: Params, W: Tensor) -> Tensor:  # (o, i) -> (o, i), the definition
@@ -167,6 +168,20 @@ class Method(ABC):
     def row_norm(self, p: Params, f: Map) -> Tensor:  # (o,): norms of the rows of W'
         two = self.two(p)
         return self.weight(p, f.weight()).norm(dim=1) if two is None else row_norm_of_sum(f.row_sq(), f.weight(), *two)
+
+    def unfit(self, site) -> str | None:
+        """Why this method means nothing on a target of this geometry; None where it fits."""
+        return None
+
+    def transposed(self) -> Method:
+        """The method that makes W'ᵀ of Wᵀ with the same leaves: for a head that is tied to an embedding."""
+        from lorakit.methods.transposed import Transposed
+
+        return Transposed(self)
+
+    def transpose(self, p: Params) -> Params | None:
+        """Leaves with which this very method makes W'ᵀ of Wᵀ, where there are such."""
+        return None
 
     def settle(self, p: Params, W: Thunk) -> None:
         """Sets leaves that depend on where the others started (DoRA's magnitude); called once, last."""
@@ -321,6 +336,9 @@ class Wrapper(Method):
 
     def key(self, leaf, lookup=False):
         return (self.own[leaf].key or f"{self.name}_{leaf}") if leaf in self.own else self.inner.key(leaf, lookup)
+
+    def unfit(self, site):
+        return self.inner.unfit(site)
 
     def settle(self, p, W):
         self.inner.settle(p, W)

@@ -20,6 +20,7 @@ from lorakit.formats import lineage, peft
 from lorakit.formats.folder import Folder, load
 from lorakit.formats.receipt import compare_bases, fingerprint, modules_table, probe
 from lorakit.models import load_base, task_of
+from lorakit.sites import place, site_at
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None, merged:
     name = "verify_"
     _fingerprint(out, folder, model)
     try:
-        before = host.state_of(model).active if any(isinstance(m, host.Host) for m in model.modules()) else {}
+        state = host.find_state(model)
+        before = state.active if state else {}
         load(model, path, name, check_base=False)
     except LorakitError as e:
         out.add("keys", False, str(e))
@@ -137,9 +139,9 @@ def _fingerprint(out: Report, folder: Folder, model: nn.Module) -> None:
     if folder.receipt is None:
         out.add("base", None, "no receipt, so nothing says which base this adapter was trained on")
         return
-    replaced = tuple(f"{p}." for p, m in folder.methods.items() if m.replaces)
+    folder.bind(model)
     try:
-        now = {n: p for n, p in fingerprint(model).items() if not (replaced and n.startswith(replaced))}
+        now = {n: p for n, p in fingerprint(model).items() if not folder.replaces(n)}
     except LorakitError as e:
         out.add("base", False, str(e))
         return
@@ -158,8 +160,8 @@ def _effect(out: Report, folder: Folder, model: nn.Module, name: str) -> bool:
         out.add("effect", False, f"every one of {len(table)} updates is exactly zero: the adapter does nothing (was it trained?)")
     else:
         some = f"; {len(zero)} of {len(table)} are zero, e.g. {zero[0]}" if zero else ""
-        big = max(table.items(), key=lambda kv: kv[1]["delta_norm"] / max(kv[1]["base_norm"], 1e-30))
-        out.add("effect", True, f"|dW| > 0 in {len(table) - len(zero)} modules, largest share {big[1]['delta_norm'] / big[1]['base_norm']:.2%} "
+        big = max(table.items(), key=lambda kv: kv[1]["delta_norm"] / kv[1]["base_norm"] if kv[1]["base_norm"] else 0.0)
+        out.add("effect", True, f"|dW| > 0 in {len(table) - len(zero)} modules, largest share {big[1]['delta_norm'] / max(big[1]['base_norm'], 1e-30):.2%} "
                 f"of |W| in {big[0]}{some}")
     for p, row in (folder.receipt or {}).get("modules", {}).items():
         if p in folder.methods and folder.methods[p].replaces:  # a whole copy: its distance to a fresh random head means nothing
@@ -231,26 +233,27 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
         out.add("merged", False, str(e))
         return
     modules = dict(other.named_modules())
-    worst, place, stale = 0.0, "", []
+    worst, where, stale = 0.0, "", []
     for path, slot in host.slots(model, name).items():
-        if path not in modules:
+        if place(modules, path) is None:
             out.add("merged", False, f"the merged model has no module {path}")
             return
+        there = site_at(modules, path)
         want, W = slot.map({name: 1.0}).weight(), slot.map({}).weight()
-        have = slot.site.view(modules[path].weight).to(want.dtype)
+        have = there.view(there.store.read()).to(want.dtype)
         if have.shape != want.shape:
             out.add("merged", False, f"{path}: shape {list(have.shape)}, should be {list(want.shape)}")
             return
-        step = torch.finfo(modules[path].weight.dtype).eps * float(want.norm())
+        step = torch.finfo(there.dtype).eps * float(want.norm())
         gap, moved = float((have - want).norm()), float((want - W).norm())
         if moved > 2 * step and float((have - W).norm()) < 0.05 * moved:
             stale.append(path)
         if gap > max(worst, 2 * step):
-            worst, place = gap, path
+            worst, where = gap, path
     if stale:
         out.add("merged weights", False, f"{len(stale)} modules still hold the BASE's weight, e.g. {stale[0]}: the merge wrote the base back")
     else:
-        out.add("merged weights", not place, f"{place}: differs from base + adapter by {worst:.4g}" if place else "equal base + adapter in every module")
+        out.add("merged weights", not where, f"{where}: differs from base + adapter by {worst:.4g}" if where else "equal base + adapter in every module")
     a, b, base = _logits(model, name), probe(other), _logits(model, None)
     if a is None or b is None:
         out.add("merged logits", None, "no probe inputs are known for this kind of model")

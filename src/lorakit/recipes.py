@@ -11,6 +11,7 @@ from lorakit import methods  # noqa: F401
 from lorakit.errors import LorakitError, near
 from lorakit.inits import INITS
 from lorakit.method import Method
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
 from lorakit.methods.lora import LoRA
 from lorakit.methods.magnitude import Magnitude
@@ -36,12 +37,13 @@ RECIPES: dict[str, Recipe] = {
     "asymmetric-lora": Recipe(LoRA(), "Asymmetric LoRA", "2402.16842", "W + s B A, A frozen with A Aᵀ = I", "orthogonal", ("A",), ("lorasym",)),
     "lora-nonzero": Recipe(LoRA(), "LoRA from a non-zero start", "2505.23194", "W - s B0 A0 + s B A", "nonzero", aliases=("nzlora",)),
     "full": Recipe(Full(), "full fine-tuning of the targets", "", "V", aliases=("full-fine-tuning",)),
+    "bitfit": Recipe(BitFit(), "BitFit", "2106.10199", "W; b -> c"),
 }
 
 ALIASES = {  # how configurations in the wild spell our fields
     "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "r", "lora_rank": "r", "rank": "r", "target_modules": "targets",
     "lora_target_modules": "targets", "lora_target": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers",
-    "init_lora_weights": "init",
+    "init_lora_weights": "init", "target_parameters": "parameters", "trainable_token_indices": "tokens", "ensure_weight_tying": "tie",
 }
 _SWITCHES = ("use_dora", "use_rslora")
 
@@ -70,6 +72,8 @@ def compose(recipe: str | Spec | Method = "lora", **options: Any) -> Spec:
         row = RECIPES[name]
         spec = Spec(row.method, init=row.init, freeze=row.freeze, recipe=name)
     options = {ALIASES.get(k, k): v for k, v in options.items() if v is not None}
+    if options.get("parameters"):
+        options.setdefault("targets", ())  # what was named is what is meant
     method = spec.method
     if options.pop("use_rslora", False):
         method = method.having(scaling="rslora")
@@ -94,7 +98,7 @@ def _known(method: Method, name: str, others: set[str]) -> None:
 
 
 def _plain(name: str, value: Any) -> Any:
-    if name in ("freeze", "modules_to_save") and isinstance(value, str):
+    if name in ("freeze", "modules_to_save", "parameters") and isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
 

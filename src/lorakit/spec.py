@@ -14,11 +14,16 @@ from lorakit import host
 from lorakit.errors import LorakitError, near
 from lorakit.inits import INITS
 from lorakit.method import Method, method_from_dict
+from lorakit.methods.bias import Bias
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
 from lorakit.methods.offset import Offset
-from lorakit.targets import classifier, select
+from lorakit.methods.tokens import Tokens
+from lorakit.sites import adaptable, named_as, site_at
+from lorakit.targets import classifier, select, select_parameters
 
 STORAGES = ("offset", "base", "none")
+BIASES = ("none", "lora_only", "all")
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,16 @@ class Spec:
 
     method: Method
     targets: str | tuple[str, ...] = "all-linear"
+    parameters: str | tuple[str, ...] = ()  # parameters that are read, not called: fused experts, any other
     exclude: str | tuple[str, ...] = ()
     layers: str | int | tuple[int, ...] | None = None
     layers_pattern: str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"  # which biases train: none, those of the targets, all of the model's
+    tokens: tuple[int, ...] | Mapping[str, Sequence[int]] = ()  # rows of the input embedding that train, or of tables by name
+    tie: bool = False  # a weight that is tied to an adapted one follows the adapter
     dropout: float = 0.0
     freeze: tuple[str, ...] = ()  # leaves that do not train
     init: str | None = None
@@ -45,6 +54,8 @@ class Spec:
             raise LorakitError(f"lora_dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.storage not in STORAGES:
             raise LorakitError(f"init storage: unknown `{self.storage}`{near(self.storage, STORAGES)}")
+        if self.bias not in BIASES:
+            raise LorakitError(f"bias: unknown `{self.bias}`{near(self.bias, BIASES)}")
         for leaf in self.freeze:
             if leaf not in self.method.leaves:
                 raise LorakitError(f"freeze: {self.method.name} has no leaf `{leaf}`{near(leaf, self.method.leaves)}")
@@ -56,14 +67,52 @@ class Spec:
 
     def plan(self, model: nn.Module) -> dict[str, Method]:
         """Path -> method for this model. Raises LorakitError on names and patterns that match nothing."""
+        modules = dict(model.named_modules())
         saved = list(dict.fromkeys([*self.modules_to_save, *classifier(model)]))
-        full = select(model, _whole(model, saved)) if saved else []
-        paths = [p for p in select(model, self.targets, self.exclude, self.layers, self.layers_pattern) if p not in set(full)]
+        kept = {p: Full(with_bias=p in modules) for p in _whole(model, saved)} | self._rows(model)
+        paths = select(model, self.targets, self.exclude, self.layers, self.layers_pattern) if self.targets else []
+        paths += select_parameters(model, self.parameters) if self.parameters else []
+        paths = [p for p in dict.fromkeys(paths) if p not in kept]
         plan = dict.fromkeys(paths, self.method)
         for what, patterns, name in (("rank_pattern", self.rank_pattern, "r"), ("alpha_pattern", self.alpha_pattern, "alpha")):
-            for path, value in matched(what, patterns, paths).items():
+            for path, value in matched(what, patterns, paths, names=named_as(modules, paths)).items():
                 plan[path] = plan[path].having(**{name: value})
-        return plan | dict.fromkeys(full, Full())
+        if self.bias != "none":
+            plan = {p: Bias(m) for p, m in plan.items()}
+        plan |= kept
+        return plan | (_biases(model, plan) if self.bias == "all" else {})
+
+    def _rows(self, model: nn.Module) -> dict[str, Method]:
+        if not self.tokens:
+            return {}
+        modules = dict(model.named_modules())
+        tables = self.tokens
+        if not isinstance(tables, Mapping):
+            get = getattr(model, "get_input_embeddings", None)
+            body = get() if get is not None else None
+            name = next((n for n, m in modules.items() if m is body), None)
+            if name is None:
+                raise LorakitError(f"trainable_token_indices: this {type(model).__name__} has no input embedding; mend: {{name of the table: [rows]}}")
+            tables = {name: tables}
+        return {p: Tokens(tuple(rows), "in" if site_at(modules, p).lookup else "out") for t, rows in tables.items() for p in select(model, [t])}
+
+    def tied(self, model: nn.Module, plan: Mapping[str, Method]) -> tuple[dict[str, Method], dict[str, str]]:
+        """The plan with the targets that follow a tied weight, and follower -> source."""
+        modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if adaptable(m) and "weight" in m._parameters}
+        same: dict[int, list[str]] = {}
+        for n, m in modules.items():
+            if id(m) not in {id(modules[k]) for k in same.get(id(m._parameters["weight"]), ())}:
+                same.setdefault(id(m._parameters["weight"]), []).append(n)
+        out, ties = dict(plan), {}
+        shared = [p for p in plan if p in modules and len(same.get(id(modules[p]._parameters["weight"]), ())) > 1]
+        for source in sorted(shared, key=lambda p: not site_at(modules, p).lookup):
+            if source in ties or not (self.tie or plan[source].follows):
+                continue
+            for n in same.get(id(modules[source]._parameters["weight"]), ()):
+                if n != source and not (n in plan and not self.tie):
+                    flip = site_at(modules, n).lookup != site_at(modules, source).lookup
+                    ties[n], out[n] = source, plan[source].transposed() if flip else plan[source]
+        return out, ties
 
     def to_dict(self) -> dict[str, Any]:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -76,16 +125,45 @@ class Spec:
 
 
 def _whole(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """modules_to_save may name a container (a two-layer head): the layers inside stand for it."""
-    every, out = {n: m for n, m in model.named_modules() if not isinstance(m, host.Leaves)}, []
+    """What stands for modules that are to be trained whole: layers, and the parameters and buffers of what is no layer; a container, all inside."""
+    if not names:
+        return []
+    every = {n: m for n, m in model.named_modules() if not isinstance(m, host.Leaves | host.Holder)}
+    wanted, hit, out = set(names), set(), []
+    for path, module in every.items():
+        parts = path.split(".")
+        found = {".".join(parts[a:b]) for b in range(1, len(parts) + 1) for a in range(b)} & wanted
+        hit |= found
+        if found and next(module.parameters(recurse=False), None) is not None:
+            own = [n for n, t in [*module._parameters.items(), *module._buffers.items()]
+                   if t is not None and t.is_floating_point() and n not in module._non_persistent_buffers_set]
+            out += [path] if adaptable(module) else [f"{path}.{n}" if path else n for n in own]
     for name in names:
-        inside = [n for n in every if n.startswith(name + ".") and next(every[n].parameters(recurse=False), None) is not None]
-        out += inside or [name]
+        if name not in hit:
+            raise LorakitError(f"modules_to_save: no module is called `{name}`{near(name, sorted({n.rpartition('.')[2] for n in every}))}")
+    return list(dict.fromkeys(out))
+
+
+def _biases(model: nn.Module, plan: Mapping[str, Method]) -> dict[str, Method]:
+    """Every bias of the model that no method in the plan has yet."""
+    every = {n: m for n, m in model.named_modules() if not isinstance(m, host.Leaves | host.Holder)}
+    taken = {f"{p}.bias" for p in plan} | {p.replace("weight", "bias") for p in plan} | {f"{p}_bias" for p in plan} | set(plan)
+    out: dict[str, Method] = {}
+    for n, m in every.items():
+        for k, t in m._parameters.items():
+            path = f"{n}.{k}" if n else k
+            if t is not None and "bias" in k and path not in taken:
+                layer = k == "bias" and adaptable(m)
+                out[n if layer else path] = BitFit() if layer else Full(with_bias=False)
     return out
 
 
-def matched(what: str, patterns: Mapping[str, Any], paths: Sequence[str], strict: bool = True) -> dict[str, Any]:
-    """Path -> value of the first pattern that matches its end, as PEFT reads them. One combined expression, not one each."""
+def matched(what: str, patterns: Mapping[str, Any], paths: Sequence[str], strict: bool = True,
+            names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Path -> value of the first pattern that matches its end, as PEFT reads them. One combined expression, not one each.
+
+    names: what patterns know a path by, where that is not itself.
+    """
     if not patterns:
         return {}
     keys = list(patterns)
@@ -93,9 +171,10 @@ def matched(what: str, patterns: Mapping[str, Any], paths: Sequence[str], strict
         regex = re.compile("|".join(f"(?P<k{n}>(?:.*\\.)?(?:{k})$)" for n, k in enumerate(keys)))
     except re.error as e:
         raise LorakitError(f"{what}: a key is not a regular expression: {e}") from None
-    hits = {p: keys[int(m.lastgroup[1:])] for p in paths if (m := regex.match(p))}
+    known = names or {}
+    hits = {p: keys[int(m.lastgroup[1:])] for p in paths if (m := regex.match(known.get(p, p)))}
     for k in keys if strict else ():
-        if k not in hits.values() and not any(re.match(rf"(?:.*\.)?(?:{k})$", p) for p in paths):
+        if k not in hits.values() and not any(re.match(rf"(?:.*\.)?(?:{k})$", known.get(p, p)) for p in paths):
             ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
             raise LorakitError(f"{what}: no target matches `{k}`{near(k, ends)}")
     return {p: patterns[k] for p, k in hits.items()}
@@ -107,10 +186,14 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
     empty: leaves are left unset, about to be loaded.
     """
     init = INITS[spec.init] if spec.init else None
+    plan, ties = spec.tied(model, plan)
     absorb = False
     if init and init.nonzero and not empty:
         absorb = spec.storage == "base"
-        offset = {p: m if m.replaces or spec.storage == "none" else m.over_core(Offset) for p, m in plan.items()}  # refuses what cannot be
+        if absorb and ties:
+            raise LorakitError(f"a start taken out of the base would part {next(iter(ties))} from the weight it is tied to; mend: storage: offset")
+        starts = {p for p, m in plan.items() if all(leaf in m.core.own for leaf in init.needs)}
+        offset = {p: m.over_core(Offset) if p in starts and spec.storage != "none" else m for p, m in plan.items()}  # refuses what cannot be
         plan = plan if absorb else offset
 
     def start(core, p, origin, gen):
@@ -118,5 +201,5 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
             init(core, p, origin, gen)
 
     state = host.attach(model, name, plan, spec, dropout=spec.dropout, freeze=spec.freeze, start=start if init else None,
-                        absorb=absorb, seed=spec.seed, empty=empty)
+                        absorb=absorb, seed=spec.seed, empty=empty, ties=ties)
     state.active = state.active | {name: 1.0} if state.chained else {name: 1.0}

@@ -2,10 +2,12 @@
 
     "all-linear"          every linear layer except the output head (the default)
     "attention", "mlp"    linear layers inside, or beside, attention blocks; told by the names of modules and classes
-    ["q_proj", "v_proj"]  modules whose path ends with one of the names ("q_proj,v_proj" is the same)
+    ["q_proj", "v_proj"]  modules whose path ends with one of the names ("q_proj,v_proj" is the same); an nn.MultiheadAttention
+                          stands for its in-projection and its out-projection
     r".*\\.layers\\.[01]\\..*_proj"   a regular expression for the whole path
 
-Every name must match something; an error lists the nearest module names.
+Parameters that no layer call stands for are named by `select_parameters`: ["experts.gate_up_proj"], or "experts" for all that
+hold the matrices of fused experts. Every name must match something; an error lists the nearest names.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorakit.errors import LorakitError, near
-from lorakit.host import Leaves
-from lorakit.sites import adaptable, linear_like, refusal
+from lorakit.host import Holder, Leaves
+from lorakit.sites import adaptable, fused, linear_like, place, reads
 
 KEYWORDS = ("all-linear", "attention", "mlp")
 _ATTENTION = re.compile(r"attn|attention", re.I)
@@ -45,7 +47,7 @@ def classifier(model: nn.Module) -> list[str]:
 
 def _keyword(model: nn.Module, word: str, every: dict[str, nn.Module]) -> list[str]:
     skip = heads(model)
-    linear = [n for n, m in every.items() if linear_like(m) and id(m) not in skip]
+    linear = list(dict.fromkeys(p for n, m in every.items() if (linear_like(m) and id(m) not in skip) or reads(m) for p in _stands_for(n, m)))
     if word == "all-linear":
         return linear
     inside = {n: any(_ATTENTION.search(part) for part in n.split(".")) or _in_attention_class(n, every) for n in linear}
@@ -56,6 +58,15 @@ def _keyword(model: nn.Module, word: str, every: dict[str, nn.Module]) -> list[s
 def _in_attention_class(path: str, every: dict[str, nn.Module]) -> bool:
     parent = path.rpartition(".")[0]
     return bool(parent) and bool(_ATTENTION.search(type(every[parent]).__name__))
+
+
+def _stands_for(path: str, module: nn.Module) -> list[str]:
+    """The targets that a module's name means: itself, or what it reads without calling it."""
+    return [f"{path}.{k}" for k in reads(module)] or [path]
+
+
+def _carries(module: nn.Module) -> bool:
+    return adaptable(module) or bool(reads(module))
 
 
 def _suffixes(path: str) -> Iterable[str]:
@@ -77,22 +88,23 @@ def _named(names: Sequence[str], every: dict[str, nn.Module], what: str) -> list
     out = []
     for path, module in every.items():
         found = [s for s in _suffixes(path) if s in wanted]
-        if found and adaptable(module):
-            out.append(path)
+        if found and _carries(module):
+            out += _stands_for(path, module)
         for s in found:
-            hit[s] = hit[s] or adaptable(module)
+            hit[s] = hit[s] or _carries(module)
     for name, ok in hit.items():
         if not ok:
             raise LorakitError(_unmatched(name, every, what))
-    return out
+    return list(dict.fromkeys(out))
 
 
 def _unmatched(name: str, every: dict[str, nn.Module], what: str) -> str:
     bad = next((m for p, m in every.items() if p == name or p.endswith("." + name)), None)
     if bad is not None:
         inside = sorted({p.rsplit(".", 1)[1] for p, m in every.items() if f"{name}." in p and adaptable(m)})
-        why = refusal(bad)
-        hint = f": {why}" if why else f"; mend: name the layers inside it: {', '.join(inside)}" if inside else ""
+        hint = f"; mend: name the layers inside it: {', '.join(inside)}" if inside else ""
+        own = [n for n, p in bad._parameters.items() if p is not None]
+        hint = hint or (f"; mend: name a parameter of it instead, target_parameters: [{name}.{own[0]}]" if own else "")
         return f"{what}: `{name}` is a {type(bad).__name__}, which no adapter can be put on{hint}"
     leaves = {p.rsplit(".", 1)[-1] for p, m in every.items() if adaptable(m)}
     return f"{what}: no module is called `{name}`{near(name, sorted(leaves)) or '; adaptable are ' + ', '.join(sorted(leaves)[:12])}"
@@ -122,7 +134,7 @@ def layer_numbers(layers: str | int | Sequence[int]) -> set[int]:
 def select(model: nn.Module, targets: str | Sequence[str] = "all-linear", exclude: str | Sequence[str] = (),
            layers: str | int | Sequence[int] | None = None, layers_pattern: str | None = None) -> list[str]:
     """Paths of the target modules, in model order. Raises LorakitError where nothing, or one of several names, matches."""
-    every = {n: m for n, m in model.named_modules() if n and not isinstance(m, Leaves)}
+    every = _modules(model)
     out = _by(model, targets, every, "target_modules")
     if exclude:
         gone = set(_by(model, exclude, every, "exclude_modules"))
@@ -140,6 +152,32 @@ def select(model: nn.Module, targets: str | Sequence[str] = "all-linear", exclud
     return out
 
 
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if n and not isinstance(m, Leaves | Holder)}
+
+
+def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+    """Paths of parameters by the end of their path, in model order; "experts" means all that fused experts keep. A plain layer's weight is the layer."""
+    every = {"": model} | _modules(model)
+    names = [names] if isinstance(names, str) else list(names)
+    wanted, hit = set(names) - {"experts"}, dict.fromkeys(names, False)
+    own = {f"{n}.{k}" if n else k: (n, k) for n, m in every.items() for k, p in m._parameters.items() if p is not None}
+    out = []
+    for path, (module, name) in own.items():
+        found = [s for s in _suffixes(path) if s in wanted] + (["experts"] if "experts" in hit and name in fused(every[module]) else [])
+        if found:
+            plain = name == "weight" and linear_like(every[module]) and not place(every, module).key and every[module].weight.dim() == 2
+            out.append(module if plain else path)
+        hit |= dict.fromkeys(found, True)
+    for name, ok in hit.items():
+        if not ok and name == "experts":
+            raise LorakitError(f"target_parameters: this {type(model).__name__} has no fused experts")
+        if not ok:
+            ends = {".".join(p.split(".")[-2:]) for p in own}
+            raise LorakitError(f"target_parameters: no parameter is called `{name}`{near(name, sorted(ends))}")
+    return out
+
+
 def _by(model, targets, every, what) -> list[str]:
     if isinstance(targets, str):
         if targets in KEYWORDS:
@@ -147,9 +185,9 @@ def _by(model, targets, every, what) -> list[str]:
         if re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", targets):
             return _named([t.strip() for t in targets.split(",")], every, what)
         regex = _regex(targets)
-        hit = [n for n, m in every.items() if regex.fullmatch(n) and adaptable(m)]
+        hit = [n for n, m in every.items() if regex.fullmatch(n) and _carries(m)]
         if not hit:
             kinds = sorted({n for n, m in every.items() if adaptable(m)})
             raise LorakitError(f"{what}: the regular expression {targets!r} matches no adaptable module's whole path; one path is `{(kinds or ['none'])[0]}`")
-        return hit
+        return list(dict.fromkeys(p for n in hit for p in _stands_for(n, every[n])))
     return _named(list(targets), every, what)

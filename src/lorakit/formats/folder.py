@@ -16,10 +16,11 @@ from lorakit.errors import LorakitError, near
 from lorakit.formats import peft
 from lorakit.formats.files import read_json, reading, sha256, writing
 from lorakit.formats.receipt import compare_bases, digest, fingerprint, modules_table, probe, probe_record, versions
+from lorakit.maps import each
 from lorakit.method import Method
 from lorakit.methods.lora import LoRA
 from lorakit.methods.offset import Offset
-from lorakit.sites import adaptable
+from lorakit.sites import place
 from lorakit.spec import Spec, attach
 
 COPY = ".base_layer.weight"  # under this key PEFT keeps a copy of an adapted embedding's table
@@ -48,9 +49,9 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
     path, spec = Path(path), state.specs[name]
     slots = host.slots(model, name)
     export = _Export(model, slots, name, form)
-    base = base_info(model) | {"transposed": bool(slots) and all(s.site.transposed and not s.site.lookup for s in slots.values())}
-    every = [n for n, m in model.named_modules() if adaptable(m)]
-    config = peft.config_of(spec, export.methods, base, every, own=not all(s.site.common for s in slots.values()))
+    called = [s for s in slots.values() if not s.raw]
+    base = base_info(model) | {"transposed": bool(called) and all(s.site.transposed and not s.site.lookup for s in called)}
+    config = peft.config_of(spec, model, export.methods, base, export.own)
     receipt = _receipt(model, name, spec, export, config, base, lineage)
     _no_empty(export.tensors, path)
     with writing(path) as out:
@@ -90,29 +91,41 @@ class _Export:
         if form not in ("auto", "native", "lora"):
             raise LorakitError(f"form: unknown `{form}`{near(form, ('auto', 'native', 'lora'))}")
         self.methods, self.tensors, self.converted = {}, {}, []
+        params: dict[str, Mapping[str, Tensor]] = {}
         for path, slot in slots.items():
+            if name in slot.tied:
+                continue
             method, p = _with_start(slot, name)
             if form == "lora" or (form == "auto" and method.to_peft() is None):
-                method, p = self._lora(path, method, p, must=form == "lora")
-            self.methods[path] = method
-            site = slot.site
-            for leaf, t in p.items():
-                shared = method.leaves[leaf].shared
-                key = method.key(leaf, site.lookup).removeprefix("modules_to_save.")
-                full = f"base_model.{key}" if shared else f"{peft.PREFIX}{path}.{key}"
-                if shared:
+                method, p = self._lora(slot, method, p, must=form == "lora")
+            self.methods[path], params[path] = method, p
+        files = peft.file_paths(dict(model.named_modules()), self.methods)
+        fits = files is not None and peft.carries_ties(slots, name) and all(slots[p].site.common(m.to_peft() or {}) for p, m in self.methods.items())
+        self.own = peft.own_format(self.methods, fits)
+        for path, method in self.methods.items():
+            slot = slots[path]
+            for leaf, t in params[path].items():
+                if shared := method.leaves[leaf].shared:
                     t = slot.module._modules[slot.attr(name, leaf)]._parameters[name]
-                self.tensors[full] = (t if shared else site.pack(t, method.leaves[leaf].axes)).detach().to("cpu").contiguous().clone()
+                key = peft.leaf_key(path, slot, method, leaf, {} if self.own else files)
+                self.tensors[key] = (t if shared else slot.site.pack(t, method.leaves[leaf].axes)).detach().to("cpu").contiguous().clone()
+        if not self.own:
+            self.tensors |= peft.tied_copies(slots, name)
 
-    def _lora(self, path: str, method: Method, p: Mapping[str, Tensor], must: bool) -> tuple[Method, Mapping[str, Tensor]]:
-        two = None if method.replaces else method.two(p)
+    def _lora(self, slot: host.Slot, method: Method, p: Mapping[str, Tensor], must: bool) -> tuple[Method, Mapping[str, Tensor]]:
+        two = None if method.replaces or method.bias(p, slot.site.bias) is not slot.site.bias else _two(slot, method, p)
         if two is None:
             if must and not method.replaces:
-                raise LorakitError(f"{path}: {method.name} is not exactly a plain LoRA; mend: form='native', or merge it")
+                raise LorakitError(f"{slot.path}: {method.name} is not exactly a plain LoRA; mend: form='native', or merge it")
             return method, p
-        r = two[1].shape[0]
-        self.converted.append(path)
+        r = two[1].shape[-2]
+        self.converted.append(slot.path)
         return LoRA(r, float(r)), {"A": two[1], "B": two[0]}
+
+
+def _two(slot: host.Slot, method: Method, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    one = {k: t[0] if slot.site.stack and not method.leaves[k].shared else t for k, t in p.items()}
+    return None if method.two(one) is None else each(slot.site, method, method.two, dict(p))
 
 
 def _with_start(slot: host.Slot, name: str) -> tuple[Method, dict[str, Tensor]]:
@@ -167,30 +180,50 @@ class Folder:
             written = (self.receipt or {}).get("files", {})
             self.changed = next((f for f, was in written.items() if sha256(self.path / f) != was), None)  # not what the receipt was written for
         self.methods = peft.methods_of(self.config, self.tensors, self.path / peft.CONFIG)
+        self._bound: nn.Module | None = None
+
+    def bind(self, model: nn.Module) -> None:
+        """Reads the file's paths as those of this model."""
+        if self._bound is model:
+            return
+        self._bound = model
+        self.methods = peft.methods_of(self.config, self.tensors, self.path / peft.CONFIG, model)
+        for p in self.spec.tied(model, self.methods)[1] if self.methods else ():
+            self.methods.pop(p, None)
+
+    @property
+    def own(self) -> bool:
+        return self.config.get("peft_type") == peft.OWN
 
     @property
     def spec(self) -> Spec:
-        method = next((m for m in self.methods.values() if not m.replaces), None) or next(iter(self.methods.values()))
+        main = [m for m in self.methods.values() if not m.replaces and not m.follows] or list(self.methods.values())
         extra = Spec.from_dict(self.receipt["spec"]) if self.receipt else None
-        kept = {} if extra is None else {"freeze": tuple(f for f in extra.freeze if f in method.leaves), "recipe": extra.recipe, "seed": extra.seed}
-        return Spec(method, tuple(p for p, m in self.methods.items() if not m.replaces), dropout=self.config.get("lora_dropout") or 0.0, **kept)
+        kept = {} if extra is None else {"freeze": tuple(f for f in extra.freeze if f in main[0].leaves), "recipe": extra.recipe, "seed": extra.seed}
+        return Spec(main[0], tuple(p for p, m in self.methods.items() if not m.replaces), tie=bool(self.config.get("ensure_weight_tying")),
+                    dropout=(self.config.get("lora_dropout") or 0.0) if extra is None else extra.dropout, **kept)
+
+    def replaces(self, name: str) -> bool:
+        """Whether a tensor of the base is one that this adapter replaces whole."""
+        return any(m.replaces for p in (name, name.rpartition(".")[0]) if (m := self.methods.get(p)) is not None)
 
     def plan(self, model: nn.Module) -> dict[str, Method]:
         """Path on this model -> method. LorakitError where the model has no such module."""
         if not self.methods:
             keys = ", ".join(list(self.tensors)[:3])
             raise LorakitError(f"{self.path}: no tensor has a key of this method; the file holds {keys or 'nothing'}")
+        self.bind(model)
         modules = dict(model.named_modules())
         for p in self.methods:
-            if p not in modules:
+            if place(modules, p) is None:
                 raise LorakitError(f"{self.path}: the adapter has `{p}`, which this {type(model).__name__} has not{near(p, modules)}")
-        return {p: m for n in modules if (p := n) in self.methods for m in [self.methods[p]]}
+        order = {n: k for k, n in enumerate(modules)}
+        return {p: self.methods[p] for p in sorted(self.methods, key=lambda p: order[p if p in order else place(modules, p).owner])}
 
 
 def _same_base(model: nn.Module, folder: Folder) -> None:
     was = folder.receipt["base"]["tensors"]
-    replaced = tuple(f"{p}." for p, m in folder.methods.items() if m.replaces)
-    now = {n: p for n, p in fingerprint(model).items() if not n.startswith(replaced or ("\0",))}
+    now = {n: p for n, p in fingerprint(model).items() if not folder.replaces(n)}
     if diff := compare_bases(was, now):
         more = f" (and {len(diff) - 3} more)" if len(diff) > 3 else ""
         raise LorakitError(f"{folder.path} was trained on another base ({folder.receipt['base'].get('name')}): {'; '.join(diff[:3])}{more}. "
@@ -211,10 +244,14 @@ def other_tables(model: nn.Module, folder: Folder) -> list[str]:
 
 @torch.no_grad()
 def fill(model: nn.Module, name: str, folder: Folder) -> None:
-    places = peft.expected(host.slots(model, name), name)
-    tensors, where = dict(folder.tensors), folder.path / peft.TENSORS
-    for k in [k for k in tensors if k.endswith(COPY)]:
+    slots, where = host.slots(model, name), folder.path / peft.TENSORS
+    methods = {p: s.methods[name] for p, s in slots.items() if name not in s.tied}
+    files = {} if folder.own else peft.file_paths(dict(model.named_modules()), methods) or {}
+    places = peft.expected(slots, name, files)
+    tensors = dict(folder.tensors)
+    for k in [k for k in tensors if k.endswith(COPY) or any(part in k and k.replace(part, ".") in tensors for part in peft.TWICE)]:
         del tensors[k]
+    copies = {k: tensors.pop(k) for k in ({} if folder.own else peft.tied_copies(slots, name)) if k in tensors}
     _same_start(model, name, tensors, where)
     missing = [k for k in places if k not in tensors]
     unused = [k for k in tensors if k not in places]
@@ -224,14 +261,17 @@ def fill(model: nn.Module, name: str, folder: Folder) -> None:
         raise LorakitError(f"{where}: the tensor `{unused[0]}` has no place in this model{_and(unused)}{near(unused[0], places, 1)}")
     for k, (slot, leaf) in places.items():
         spec = slot.methods[name].leaves[leaf]
-        place = slot.module._modules[slot.attr(name, leaf)]._parameters[name]
-        want = slot.site.pack(place, spec.axes) if not spec.shared else place
+        here = slot.module._modules[slot.attr(name, leaf)]._parameters[name]
+        want = slot.site.pack(here, spec.axes) if not spec.shared else here
         if tensors[k].shape != want.shape:
             raise LorakitError(f"{where}: `{k}` has shape {list(tensors[k].shape)}, this model and configuration need {list(want.shape)}")
         value = tensors[k] if spec.shared else slot.site.unpack(tensors[k], spec.axes)
         if not torch.isfinite(value).all():
             raise LorakitError(f"{where}: `{k}` holds NaN or infinity")
-        place.copy_(value)
+        here.copy_(value)
+    for k, t in (peft.tied_copies(slots, name) if copies else {}).items():
+        if k in copies and not torch.equal(copies[k].to(t), t):
+            raise LorakitError(f"{where}: `{k}` belongs to a weight that is tied to the embedding, but is not the embedding's adapter")
 
 
 def _same_start(model: nn.Module, name: str, tensors: dict[str, Tensor], where: Path) -> None:
@@ -256,6 +296,7 @@ def load(model: nn.Module, path: str | Path, name: str, check_base: bool = True)
     and the base's fingerprint must match (`check_base`). Raises LorakitError otherwise and leaves the model as it was.
     """
     folder = Folder(path)
+    folder.bind(model)
     if check_base and folder.receipt:
         _same_base(model, folder)
     plan = folder.plan(model)

@@ -1,8 +1,9 @@
 """The PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read and written exactly.
 
 Keys are `base_model.model.<module path>.<leaf key>`, without the adapter's name; a convolution's factors have the layer's
-kernel shape. What PEFT has no configuration for is written in the same layout with `peft_type: LORAKIT` and the spec beside
-it, which PEFT refuses by name. The mapping of each method's fields lives in the method's own file (`to_peft`, `from_peft`).
+kernel shape. Parameters that are read and not called have paths of PEFT's own, made of the layers it nests. What PEFT has no
+configuration for is written in the same layout with `peft_type: LORAKIT` and the spec beside it, which PEFT refuses by name.
+The mapping of each method's fields lives in the method's own file (`to_peft`, `from_peft`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.host import Slot
 from lorakit.method import Method, method_from_dict, method_from_peft
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
+from lorakit.methods.tokens import Tokens
+from lorakit.sites import adaptable, named_as, place, reads, site_at
 from lorakit.spec import Spec, matched
 
 FORMAT = 1
@@ -33,38 +37,129 @@ DEFAULTS: dict[str, Any] = {
     "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None,
     "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False, "velora_config": None,
 }
-MATHS = ("alora_invocation_tokens", "arrow_config", "bias", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
-         "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config")
+MATHS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora",
+         "velora_config")
+NEST = ".base_layer"  # how PEFT's paths show that it wrapped a module more than once
+TWICE = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT writes the biases of a module it saves whole once more
+TOKENS_KEY = ".token_adapter.trainable_tokens_delta"
 
 
-def _key(path: str, slot: Slot, name: str, leaf: str) -> str:
-    key = slot.methods[name].key(leaf, slot.site.lookup).removeprefix("modules_to_save.")
-    return f"{PREFIX}{path}.{key}" if path else f"base_model.{key}"
+def expected(slots: Mapping[str, Slot], name: str, files: Mapping[str, str]) -> dict[str, tuple[Slot, str]]:
+    """File key -> (slot, leaf) for every tensor this adapter has of its own on this model."""
+    out = {}
+    for path, slot in slots.items():
+        if name in slot.tied:
+            continue
+        for leaf in slot.shapes(name):
+            out[leaf_key(path, slot, slot.methods[name], leaf, files)] = (slot, leaf)
+    return out
 
 
-def expected(slots: Mapping[str, Slot], name: str) -> dict[str, tuple[Slot, str]]:
-    """File key -> (slot, leaf) for every tensor this adapter has on this model."""
-    return {_key("" if slot.methods[name].leaves[leaf].shared else path, slot, name, leaf): (slot, leaf)
-            for path, slot in slots.items() for leaf in slot.shapes(name)}
+def leaf_key(path: str, slot: Slot, method: Method, leaf: str, files: Mapping[str, str]) -> str:
+    """The file's name of one leaf; a parameter that is replaced whole goes by its own name."""
+    key = method.key(leaf, slot.site.lookup)
+    if method.leaves[leaf].shared:
+        return f"base_model.{key}"
+    if method.replaces and slot.raw and key == "modules_to_save.weight":
+        return f"{PREFIX}{path}"
+    return f"{PREFIX}{files.get(path, path)}.{key.removeprefix('modules_to_save.')}"
 
 
-def config_of(spec: Spec, methods: Mapping[str, Method], base: Mapping[str, Any], all_paths: list[str], own: bool = False) -> dict[str, Any]:
-    """adapter_config.json for methods at paths: PEFT's where it can say this, else, or where asked to, our own."""
-    adapted = {p: m for p, m in methods.items() if not m.replaces}
-    saved = [p for p, m in methods.items() if m.replaces]
+def tied_copies(slots: Mapping[str, Slot], name: str) -> dict[str, Tensor]:
+    """What PEFT's files hold of a head that follows an embedding's adapter: the same tensors once more, transposed."""
+    out = {}
+    for path, slot in slots.items():
+        source = slot.tied.get(name)
+        method = source.methods[name] if source else None
+        flip = source is not None and source.site.lookup != slot.site.lookup
+        p = method.transpose(source.params(name)) if flip else source.params(name) if source else None
+        for leaf, t in (p or {}).items():
+            if not method.follows:
+                out[leaf_key(path, slot, method, leaf, {})] = slot.site.pack(t, method.leaves[leaf].axes).detach().to("cpu").contiguous().clone()
+    return out
+
+
+def carries_ties(slots: Mapping[str, Slot], name: str) -> bool:
+    """Whether PEFT ties these targets as we do."""
+    tied = [(s.tied[name], s) for s in slots.values() if name in s.tied]
+    return all(a.methods[name].follows or a.methods[name].transpose(a.params(name)) is not None for a, _ in tied)
+
+
+def file_paths(modules: Mapping[str, nn.Module], methods: Mapping[str, Method]) -> dict[str, str] | None:
+    """Target -> its path in PEFT's files, for those that are read and not called; None where PEFT could not say it.
+
+    PEFT adapts both projections of an attention or none; of several parameters of a module it wraps one around the other, in
+    the order in which the module has them.
+    """
+    out: dict[str, str] = {}
+    owners: dict[str, dict[str, str]] = {}
+    for path, m in methods.items():
+        at = None if m.replaces else place(modules, path)
+        if at is not None and at.key:
+            owners.setdefault(at.owner, {})[at.key] = path
+    for owner, keys in owners.items():
+        if inside := reads(modules[owner]):
+            if set(keys) != set(inside) or "in_proj_weight" not in keys or len({str(methods[p].to_peft()) for p in keys.values()}) > 1:
+                return None
+            out |= {keys["in_proj_weight"]: owner, keys["out_proj"]: f"{owner}{NEST}.out_proj"}
+            continue
+        order = [k for k in modules[owner]._parameters if k in keys]
+        out |= {keys[k]: owner + NEST * (len(order) - 1 - n) for n, k in enumerate(order)}
+    return out
+
+
+def real_path(modules: Mapping[str, nn.Module], config: Mapping[str, Any], path: str) -> str:
+    """The target that a path in PEFT's files means on this model; the path itself where it is no parameter's."""
+    core, nested = path, 0
+    while core.endswith(NEST):
+        core, nested = core.removesuffix(NEST), nested + 1
+    owner, _, last = core.rpartition(NEST + ".")
+    if reads(modules.get(owner)):
+        return f"{owner}.{last}"
+    if reads(modules.get(core)):
+        return f"{core}.in_proj_weight"
+    wanted = config.get("target_parameters") or ()
+    own = getattr(modules.get(core), "_parameters", {})
+    mine = [f"{core}.{k}" for k in own if any(f".{core}.{k}".endswith(f".{w}") for w in wanted)]
+    return mine[len(mine) - 1 - nested] if nested < len(mine) and not (adaptable(modules[core]) and mine == [f"{core}.weight"]) else path
+
+
+def own_format(methods: Mapping[str, Method], fits: bool) -> bool:
+    """Whether PEFT has no configuration that says all of this."""
+    configs = [m.to_peft() for m in methods.values() if not m.replaces]
+    if not fits or any(c is None for c in configs):
+        return True
+    main = [c for c in configs if "r" in c]
+    return not main or len({_kind(c) for c in main}) > 1
+
+
+def config_of(spec: Spec, model: nn.Module, methods: Mapping[str, Method], base: Mapping[str, Any], own: bool) -> dict[str, Any]:
+    """adapter_config.json for methods at paths: PEFT's, or our own where PEFT's cannot say this."""
     common = {"base_model_name_or_path": base.get("name"), "revision": base.get("revision"), "task_type": base.get("task_type"),
               "inference_mode": True}
-    configs = {p: m.to_peft() for p, m in adapted.items()}
-    if own or not adapted or any(c is None for c in configs.values()) or len({_kind(c) for c in configs.values()}) > 1:
-        return common | {"peft_type": OWN, "lorakit_format": FORMAT, "modules": {p: m.to_dict() for p, m in methods.items()}}
-    most = {k: Counter(c[k] for c in configs.values()).most_common(1)[0][0] for k in ("r", "lora_alpha") if k in next(iter(configs.values()))}
-    return DEFAULTS | common | next(iter(configs.values())) | most | {
-        "lora_dropout": spec.dropout, "init_lora_weights": True, "fan_in_fan_out": base.get("transposed", False),
-        "target_modules": _shortest(list(adapted), all_paths), "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
-        "modules_to_save": saved or None,
-        # anchored: PEFT lets a pattern match at the end of a path, so a short path must not catch a longer one
-        "rank_pattern": {"^" + p: c["r"] for p, c in configs.items() if c.get("r") != most.get("r")},
-        "alpha_pattern": {"^" + p: c["lora_alpha"] for p, c in configs.items() if c.get("lora_alpha") != most.get("lora_alpha")},
+    if own:
+        return common | {"peft_type": OWN, "lorakit_format": FORMAT, "modules": {p: m.to_dict() for p, m in methods.items()}, "ensure_weight_tying": spec.tie}
+    modules = dict(model.named_modules())
+    every = {p: m.to_peft() for p, m in methods.items() if not m.replaces}
+    configs = {p: c for p, c in every.items() if "r" in c}
+    most = {k: Counter(c[k] for c in configs.values()).most_common(1)[0][0] for k in ("r", "lora_alpha")}
+    at = {p: place(modules, p) for p in configs}
+    parameters = sorted(p for p, a in at.items() if a.key and not reads(modules[a.owner]))
+    layers = dict.fromkeys(at[p].owner for p in configs if p not in parameters)
+    whole = {p: p if p in modules else place(modules, p).owner for p, m in methods.items() if m.replaces}
+    saved = dict.fromkeys(owner for p, owner in whole.items() if p in modules or "bias" not in p.rpartition(".")[2])
+    beside: dict[str, Any] = {"bias": "all"} if any(owner not in saved for owner in whole.values()) else {}
+    for p, c in every.items():
+        if p not in configs:  # what stands beside the main method: rows of a table by its path, biases
+            beside |= {k: beside.get(k, {}) | {p: v} if isinstance(v, list) else v for k, v in c.items()}
+    # anchored: PEFT lets a pattern match at the end of a path, so a short path must not catch a longer one
+    rank, alpha = ({"^" + (p if p in parameters else at[p].owner): c[k] for p, c in configs.items() if c[k] != most[k]} for k in ("r", "lora_alpha"))
+    main = next(iter(configs.values()))
+    return DEFAULTS | common | main | most | beside | {"peft_type": main["peft_type"]} | {
+        "lora_dropout": 0.0 if parameters else spec.dropout, "init_lora_weights": True, "fan_in_fan_out": base.get("transposed", False),
+        "target_modules": _shortest(list(layers), [n for n, m in modules.items() if adaptable(m)]) if layers else [], "exclude_modules": None,
+        "layers_to_transform": None, "layers_pattern": None, "target_parameters": parameters or None,
+        "ensure_weight_tying": spec.tie, "modules_to_save": list(saved) or None, "rank_pattern": rank, "alpha_pattern": alpha,
         "peft_version": "0.21.2"}
 
 
@@ -91,8 +186,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise LorakitError(f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {e}") from None
 
 
-def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Method]:
-    """Path -> method, from what the file holds: the tensors' own paths, and the configuration for their meaning."""
+def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path, model: nn.Module | None = None) -> dict[str, Method]:
+    """Path -> method, from what the file holds: the tensors' own paths, and the configuration for their meaning.
+
+    Without the model, parameters that are read and not called keep the paths that PEFT's files have for them.
+    """
     if config.get("peft_type") == OWN:
         if config.get("lorakit_format", 0) > FORMAT:
             raise LorakitError(f"{where}: written in format {config['lorakit_format']}, this lorakit reads up to {FORMAT}; mend: upgrade lorakit")
@@ -104,15 +202,27 @@ def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
         method = method_from_peft(dict(config))
     except LorakitError as e:
         raise LorakitError(f"{where}: {e}") from None
-    saved = set(config.get("modules_to_save") or ())
+    modules = {} if model is None else dict(model.named_modules())
     tails = sorted({method.key(leaf, lookup) for leaf in method.leaves for lookup in (False, True)}, key=len, reverse=True)
-    paths = dict.fromkeys(p for k in tensors if (p := _path(k, tails)) is not None)
+    paths = dict.fromkeys(real_path(modules, config, p) for k in tensors if (p := _path(k, tails)) is not None)
     plan = dict.fromkeys(paths, method)
     for what, field in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
-        for p, v in matched(f"{where}: {what}", config.get(what) or {}, list(paths), strict=False).items():
+        for p, v in matched(f"{where}: {what}", config.get(what) or {}, list(paths), strict=False, names=named_as(modules, paths)).items():
             plan[p] = plan[p].having(**{field: float(v) if field == "alpha" else v})
-    whole = {k.removeprefix(PREFIX).rpartition(".")[0] for k in tensors if any(_inside(k, s) for s in saved)}
-    return plan | dict.fromkeys(sorted(whole - set(plan)), Full())
+    for k in (k for k in tensors if k.endswith(TOKENS_KEY)):
+        p, told = k.removeprefix(PREFIX).removesuffix(TOKENS_KEY), config.get("trainable_token_indices") or ()
+        rows = next((v for t, v in told.items() if f".{p}".endswith(f".{t}")), ()) if isinstance(told, Mapping) else told
+        plan[p] = Tokens(tuple(rows), "out" if p in modules and not site_at(modules, p).lookup else "in")
+    saved = set(config.get("modules_to_save") or ())
+    for k in tensors:
+        p, _, last = k.removeprefix(PREFIX).rpartition(".")
+        if p in plan or not k.startswith(PREFIX) or any(part in k for part in TWICE):
+            continue
+        whole = any(_inside(k, s) for s in saved)
+        if whole or (config.get("bias") == "all" and "bias" in last and not p.endswith(NEST)):
+            layer = p not in modules or adaptable(modules[p])
+            plan[p if layer else f"{p}.{last}"] = (Full() if whole else BitFit()) if layer else Full(with_bias=False)
+    return plan
 
 
 def _inside(key: str, module: str) -> bool:

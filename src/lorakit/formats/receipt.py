@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.host import Host, Leaves, slots, state_of
+from lorakit.host import Leaves, find_state, slots
+from lorakit.maps import each
 from lorakit.stores.dense import held
 
 SAMPLE = 65_536
@@ -29,15 +31,16 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     mine = {id(p) for m in model.modules() if isinstance(m, Leaves) for p in m._parameters.values()}
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
+    targets = slots(model)
+    whole = {p for p, s in targets.items() if any(m.replaces for m in s.methods.values())}
+    absorbed = {id(s.site.store.take()): s.absorbed.kept for s in targets.values() if s.absorbed}
     for path, module in model.named_modules():
-        slot = module.slot if isinstance(module, Host) else None
-        if slot and any(m.replaces for m in slot.methods.values()):
+        if path in whole:
             continue
         names = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
         for k, t in names.items():
-            if slot and slot.absorbed and k == "weight":
-                t = slot.absorbed.kept
-            if isinstance(t, Tensor) and id(t) not in mine and id(t) not in seen:
+            t = absorbed.get(id(t), t)
+            if isinstance(t, Tensor) and f"{path}.{k}" not in whole and id(t) not in mine and id(t) not in seen:
                 seen.add(id(t))
                 t = held(module, k) if t.device.type == "meta" else t
                 out[f"{path}.{k}" if path else k] = t
@@ -65,7 +68,7 @@ def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
     On an adapted model the whole digests are kept until a tensor is replaced or its sampled values change, so that a
     checkpoint costs samples only.
     """
-    state = state_of(model) if any(isinstance(m, Host) for m in model.modules()) else None
+    state = find_state(model)
     if state and state.merged is not None:
         raise LorakitError("the base cannot be fingerprinted while adapters are merged into it; mend: lorakit.unmerge(model)")
     tensors = {n: t for n, t in base_tensors(model).items() if t.device.type != "meta"}
@@ -98,21 +101,24 @@ def digest(prints: Mapping[str, Mapping[str, Any]]) -> str:
 
 @torch.no_grad()
 def modules_table(model: nn.Module, name: str) -> dict[str, dict[str, Any]]:
-    """Path -> |dW|, |W|, rank bound, trainable count of one adapter; |dW| of a product comes from its factors."""
+    """Path -> |dW| (with the bias's change), |W|, rank bound, trainable count of one adapter; |dW| of a product comes from its factors."""
     out = {}
     for path, slot in slots(model, name).items():
         method, p = slot.methods[name], slot.params(name)
         base = slot.map({})
-        two = method.two(p)
+        two = each(slot.site, method, method.two, p) if method.two(slot.first(name)) is not None else None
         if two is None:
             W = base.weight()
-            delta = float((method.weight(p, W) - W).double().norm())
+            delta = float((each(slot.site, method, method.weight, p, W) - W).double().norm())
         else:
             B, A = (t.double() for t in two)
             delta = float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())
+        b0, b = slot.site.bias, slot.bias({name: 1.0})
+        if b is not b0:
+            delta = math.hypot(delta, float((b if b0 is None else b.double() - b0.double()).norm()))
         row = {"method": method.name, "delta_norm": delta, "base_norm": float(base.row_sq().double().sum().sqrt()),
                "trainable": sum(t.numel() for t in p.values() if t.requires_grad), "parameters": sum(t.numel() for t in p.values())}
-        out[path] = row | ({"rank": two[1].shape[0]} if two is not None else {})
+        out[path] = row | ({"rank": two[1].shape[-2]} if two is not None else {})
     return out
 
 

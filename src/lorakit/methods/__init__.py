@@ -1,3 +1,3 @@
 """One file per parametrisation or wrapper. Importing this package fills `lorakit.method.METHODS`."""
 
-from lorakit.methods import full, lora, magnitude, offset  # noqa: F401
+from lorakit.methods import bias, bitfit, full, lora, magnitude, offset, tokens, transposed  # noqa: F401

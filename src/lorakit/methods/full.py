@@ -14,8 +14,17 @@ from lorakit.method import Leaf, Method, base_bias, base_weight, method
 class Full(Method):
     replaces = True
 
+    with_bias: bool = True  # the bias beside the weight, too
+
     V = Leaf("o i", base_weight, key="modules_to_save.weight")
     c = Leaf("o", base_bias, key="modules_to_save.bias", biased=True)
+
+    @property
+    def leaves(self):
+        return self.own if self.with_bias else {"V": self.own["V"]}
+
+    def transpose(self, p):
+        return {"V": p["V"].mT}
 
     def weight(self, p, W):
         return p["V"].to(W.dtype)

@@ -18,9 +18,27 @@ class LoRA(LowRank):
     r: int = 8  # rank
     alpha: float = 16.0  # strength: the update is scaled by s = alpha / r
     scaling: str = choice("standard", SCALINGS)  # standard: alpha/r; rslora: alpha/sqrt(r)
+    lora_bias: bool = False  # B has a bias of its own: y + s (B A x + d)
 
     A = Leaf("r i", kaiming, key="lora_A.weight", lookup=("lora_embedding_A", zeros))
     B = Leaf("o r", zeros, key="lora_B.weight", lookup=("lora_embedding_B", normal(1.0)))
+
+    @property
+    def leaves(self):
+        return self.own | ({"d": Leaf("o", zeros, key="lora_B.bias")} if self.lora_bias else {})
+
+    @classmethod
+    def examples(cls):
+        return [cls(4, 9.6, "rslora"), cls(2, 5.0, "rslora", lora_bias=True)]
+
+    def unfit(self, site):
+        return "lora_bias needs a layer that can have a bias" if self.lora_bias and site.bias_name is None else None
+
+    def bias(self, p, b):
+        if "d" not in p:
+            return b
+        d = p["d"] * self.s
+        return d if b is None else b + d
 
     def __post_init__(self):
         check_rank("lora", self.r, self.scaling)
@@ -32,15 +50,18 @@ class LoRA(LowRank):
     def factors(self, p):
         return p["B"] * self.s, p["A"]
 
+    def transpose(self, p):
+        return None if self.lora_bias else {"A": p["B"].mT, "B": p["A"].mT}
+
     def from_file(self, shapes):
         return dataclasses.replace(self, r=shapes["A"][0])
 
     def to_peft(self):
         alpha = int(self.alpha) if float(self.alpha).is_integer() else self.alpha
-        return {"peft_type": "LORA", "r": self.r, "lora_alpha": alpha, "use_rslora": self.scaling == "rslora"}
+        return {"peft_type": "LORA", "r": self.r, "lora_alpha": alpha, "use_rslora": self.scaling == "rslora", "lora_bias": self.lora_bias}
 
     @classmethod
     def from_peft(cls, config):
         if config.get("peft_type") != "LORA":
             return None
-        return cls(config.get("r", 8), config.get("lora_alpha", 8), "rslora" if config.get("use_rslora") else "standard")
+        return cls(config.get("r", 8), config.get("lora_alpha", 8), "rslora" if config.get("use_rslora") else "standard", bool(config.get("lora_bias")))

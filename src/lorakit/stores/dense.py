@@ -58,9 +58,13 @@ def held(module: nn.Module, name: str) -> Tensor | None:
 
 
 class Dense(Store):
-    """A floating-point `weight` parameter."""
+    """A floating-point parameter, or buffer, of a module: `weight` unless another name is given."""
 
     title, formula = "dense weight", "W"
+
+    def __init__(self, module: nn.Module, name: str = "weight"):
+        super().__init__(module)
+        self.name = name
 
     @staticmethod
     def claims(module):
@@ -68,20 +72,21 @@ class Dense(Store):
         return isinstance(W, Tensor) and W.is_floating_point()
 
     def read(self):
-        return held(self.module, "weight")
+        return held(self.module, self.name)
 
     def write(self, W):
-        if self.module.weight.device.type == "meta":
+        was = self.take()
+        if was.device.type == "meta":
             raise LorakitError("this weight is offloaded (or was never loaded), so writing it would be lost at the next call; "
                                "mend: load the model without offload")
-        W = W.detach().to(self.module.weight.dtype).contiguous()
-        self.module.weight = nn.Parameter(W, requires_grad=False)
+        W = W.detach().to(was.dtype).contiguous()
+        self.put(nn.Parameter(W, requires_grad=False) if self.name in self.module._parameters else W)
 
     def take(self):
-        return self.module.weight
+        return getattr(self.module, self.name)
 
     def put(self, kept):
-        self.module.weight = kept
+        setattr(self.module, self.name, kept)
 
     def linear(self, site, x, bias):
-        return site.op(x, site.view(self.module.weight), bias)
+        return site.op(x, site.view(getattr(self.module, self.name)), bias)
