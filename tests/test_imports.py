@@ -27,10 +27,10 @@ MAY = {  # unit -> units of lorakit it may import, besides itself and errors
     "inits": {"kernels", "method"},
     "host": {"maps", "method", "sites", "stores"},
     "targets": {"host", "sites"},
-    "spec": {"host", "inits", "method", "methods", "targets"},
+    "spec": {"host", "inits", "method", "methods", "sites", "targets"},
     "recipes": {"inits", "method", "methods", "spec"},
-    "formats": {"host", "method", "methods", "sites", "spec", "stores"},
-    "proof": {"formats", "host", "method", "models"},
+    "formats": {"host", "maps", "method", "methods", "sites", "spec", "stores"},
+    "proof": {"formats", "host", "method", "models", "sites"},
     "api": CORE, "__init__": CORE,
 }
 LIGHT = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)

@@ -392,3 +392,28 @@ def test_the_copy_of_a_table_that_peft_keeps_tells_another_base(tmp_path):
         lorakit.load(other, tmp_path)
     assert type(other.model.embed_tokens) is nn.Embedding
     lorakit.load(other, tmp_path, check_base=False)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.out = nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.out(self.bn(self.conv(x)))
+
+
+def test_running_statistics_of_a_saved_norm_go_both_ways(tmp_path):
+    x = torch.randn(6, 3, 7, generator=torch.Generator().manual_seed(3))
+    theirs = peft.get_peft_model(Normed(), peft.LoraConfig(r=2, target_modules=["conv"], modules_to_save=["bn"]))
+    shake(theirs)
+    for _ in range(3):
+        theirs.train()(x)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    ours = lorakit.load(Normed().eval(), tmp_path / "theirs")
+    assert gap(ours(x), theirs(x)) <= TOL and gap(ours(x), Normed().eval()(x)) > 1e-2
+    lorakit.save(ours, tmp_path / "ours")
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("theirs", "ours"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and int(b["base_model.model.bn.num_batches_tracked"]) == 3
+    assert gap(peft.PeftModel.from_pretrained(Normed(), tmp_path / "ours").eval()(x), theirs(x)) <= TOL

@@ -404,7 +404,8 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
             if path in ties:
                 _tie(slot, name, done[ties[path]])
             else:
-                _fill(slot, name, method, bank, start, absorb, generator(seed, path), freeze, empty)
+                with _at(path):
+                    _fill(slot, name, method, bank, start, absorb, generator(seed, path), freeze, empty)
     except BaseException:
         _strip(modules, name, done)
         raise
@@ -431,6 +432,15 @@ def _bank(modules, plan: Mapping[str, Method], seed: int, freeze: tuple[str, ...
             for k, (m, s) in shared.items()}
 
 
+@contextmanager
+def _at(path: str) -> Iterator[None]:
+    """An error inside says at which target."""
+    try:
+        yield
+    except LorakitError as e:
+        raise LorakitError(str(e) if path in str(e) else f"{path}: {e}") from None
+
+
 def _tie(slot: Slot, name: str, source: Slot) -> None:
     slot.tied[name], slot.dropout[name] = source, 0.0
     for leaf in source.whole(name):
@@ -440,6 +450,7 @@ def _tie(slot: Slot, name: str, source: Slot) -> None:
 def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, empty) -> None:
     site, device = slot.site, _device(slot.site)
     keep = torch.promote_types(site.dtype, torch.float32)  # adapters never live below float32
+    keep = keep if site.dtype.is_floating_point else site.dtype  # but a counter stays one
     if empty or device.type == "meta":
         p = {k: torch.empty(s) for k, s in slot.shapes(name).items()}
     else:

@@ -46,7 +46,7 @@ class Base(Map):
 
     def weight(self):
         W = self.site.view(self.site.store.read())
-        return W.to(torch.promote_types(W.dtype, torch.float32))
+        return W.to(torch.promote_types(W.dtype, torch.float32)) if W.is_floating_point() else W
 
     def row_sq(self):
         return self.site.row_sq(self.weight)

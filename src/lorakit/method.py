@@ -175,9 +175,7 @@ class Method(ABC):
 
     def transposed(self) -> Method:
         """The method that makes W'ᵀ of Wᵀ with the same leaves: for a head that is tied to an embedding."""
-        from lorakit.methods.transposed import Transposed
-
-        return Transposed(self)
+        return METHODS["transposed"](self)
 
     def transpose(self, p: Params) -> Params | None:
         """Leaves with which this very method makes W'ᵀ of Wᵀ, where there are such."""

@@ -293,7 +293,7 @@ SCALED = re.compile(r"ScaledWordEmbedding$")  # a class of transformers, one for
 FUSES = ("torch.nn.modules.transformer.TransformerEncoderLayer",)  # fast path in evaluation: one kernel over all weights
 ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
 EXPERTS = re.compile(r"Experts$")  # classes of transformers 5 that keep all experts in one parameter
-NO_ROWS = re.compile(r"(^|\.)(experts\.\d+\.|relative_attention_bias$)")  # what these get are not the rows of the batch
+NO_ROWS = re.compile(r"(^|\.)(experts\.\d+(\.|$)|relative_attention_bias$)")  # what these get are not the rows of the batch
 
 
 def _qualified(cls: type) -> str:
@@ -316,6 +316,11 @@ def linear_like(module: nn.Module) -> bool:
     """Whether the layer is a plain matrix product: no look-up, no sliding window."""
     site = _site_class(type(module))
     return site is not None and not site.lookup and not site.slides
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a layer's weight, as it is stored, is the canonical matrix."""
+    return _site_class(type(module)) is Site
 
 
 def reads(module: nn.Module | None) -> dict[str, str]:

@@ -14,11 +14,11 @@ from lorakit import host
 from lorakit.errors import LorakitError, near
 from lorakit.inits import INITS
 from lorakit.method import Method, method_from_dict
-from lorakit.methods.bias import Bias
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
 from lorakit.methods.offset import Offset
 from lorakit.methods.tokens import Tokens
+from lorakit.methods.trained_bias import TrainedBias
 from lorakit.sites import adaptable, named_as, site_at
 from lorakit.targets import classifier, select, select_parameters
 
@@ -67,9 +67,9 @@ class Spec:
 
     def plan(self, model: nn.Module) -> dict[str, Method]:
         """Path -> method for this model. Raises LorakitError on names and patterns that match nothing."""
-        modules = dict(model.named_modules())
+        modules, parameters = dict(model.named_modules()), {n for n, _ in model.named_parameters(remove_duplicate=False)}
         saved = list(dict.fromkeys([*self.modules_to_save, *classifier(model)]))
-        kept = {p: Full(with_bias=p in modules) for p in _whole(model, saved)} | self._rows(model)
+        kept = {p: Full() if p in modules else Full(False, trains=p in parameters) for p in _whole(model, saved)} | self._rows(model)
         paths = select(model, self.targets, self.exclude, self.layers, self.layers_pattern) if self.targets else []
         paths += select_parameters(model, self.parameters) if self.parameters else []
         paths = [p for p in dict.fromkeys(paths) if p not in kept]
@@ -78,7 +78,7 @@ class Spec:
             for path, value in matched(what, patterns, paths, names=named_as(modules, paths)).items():
                 plan[path] = plan[path].having(**{name: value})
         if self.bias != "none":
-            plan = {p: Bias(m) for p, m in plan.items()}
+            plan = {p: TrainedBias(m) for p, m in plan.items()}
         plan |= kept
         return plan | (_biases(model, plan) if self.bias == "all" else {})
 
@@ -136,7 +136,7 @@ def _whole(model: nn.Module, names: Sequence[str]) -> list[str]:
         hit |= found
         if found and next(module.parameters(recurse=False), None) is not None:
             own = [n for n, t in [*module._parameters.items(), *module._buffers.items()]
-                   if t is not None and t.is_floating_point() and n not in module._non_persistent_buffers_set]
+                   if t is not None and n not in module._non_persistent_buffers_set]
             out += [path] if adaptable(module) else [f"{path}.{n}" if path else n for n in own]
     for name in names:
         if name not in hit:
@@ -154,7 +154,7 @@ def _biases(model: nn.Module, plan: Mapping[str, Method]) -> dict[str, Method]:
             path = f"{n}.{k}" if n else k
             if t is not None and "bias" in k and path not in taken:
                 layer = k == "bias" and adaptable(m)
-                out[n if layer else path] = BitFit() if layer else Full(with_bias=False)
+                out[n if layer else path] = BitFit() if layer else Full(False)
     return out
 
 
@@ -186,15 +186,15 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
     empty: leaves are left unset, about to be loaded.
     """
     init = INITS[spec.init] if spec.init else None
-    plan, ties = spec.tied(model, plan)
     absorb = False
     if init and init.nonzero and not empty:
         absorb = spec.storage == "base"
-        if absorb and ties:
-            raise LorakitError(f"a start taken out of the base would part {next(iter(ties))} from the weight it is tied to; mend: storage: offset")
         starts = {p for p, m in plan.items() if all(leaf in m.core.own for leaf in init.needs)}
         offset = {p: m.over_core(Offset) if p in starts and spec.storage != "none" else m for p, m in plan.items()}  # refuses what cannot be
         plan = plan if absorb else offset
+    plan, ties = spec.tied(model, plan)
+    if absorb and ties:
+        raise LorakitError(f"a start taken out of the base would part {next(iter(ties))} from the weight it is tied to; mend: storage: offset")
 
     def start(core, p, origin, gen):
         if all(leaf in p for leaf in init.needs):

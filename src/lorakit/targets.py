@@ -19,7 +19,7 @@ from torch import nn
 
 from lorakit.errors import LorakitError, near
 from lorakit.host import Holder, Leaves
-from lorakit.sites import adaptable, fused, linear_like, place, reads
+from lorakit.sites import adaptable, fused, linear_like, plain, reads
 
 KEYWORDS = ("all-linear", "attention", "mlp")
 _ATTENTION = re.compile(r"attn|attention", re.I)
@@ -166,8 +166,7 @@ def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]
     for path, (module, name) in own.items():
         found = [s for s in _suffixes(path) if s in wanted] + (["experts"] if "experts" in hit and name in fused(every[module]) else [])
         if found:
-            plain = name == "weight" and linear_like(every[module]) and not place(every, module).key and every[module].weight.dim() == 2
-            out.append(module if plain else path)
+            out.append(module if name == "weight" and plain(every[module]) else path)
         hit |= dict.fromkeys(found, True)
     for name, ok in hit.items():
         if not ok and name == "experts":

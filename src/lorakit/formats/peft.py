@@ -22,7 +22,7 @@ from lorakit.method import Method, method_from_dict, method_from_peft
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
 from lorakit.methods.tokens import Tokens
-from lorakit.sites import adaptable, named_as, place, reads, site_at
+from lorakit.sites import adaptable, named_as, place, plain, reads, site_at
 from lorakit.spec import Spec, matched
 
 FORMAT = 1
@@ -121,7 +121,7 @@ def real_path(modules: Mapping[str, nn.Module], config: Mapping[str, Any], path:
     wanted = config.get("target_parameters") or ()
     own = getattr(modules.get(core), "_parameters", {})
     mine = [f"{core}.{k}" for k in own if any(f".{core}.{k}".endswith(f".{w}") for w in wanted)]
-    return mine[len(mine) - 1 - nested] if nested < len(mine) and not (adaptable(modules[core]) and mine == [f"{core}.weight"]) else path
+    return mine[len(mine) - 1 - nested] if nested < len(mine) and not (plain(modules[core]) and mine == [f"{core}.weight"]) else path
 
 
 def own_format(methods: Mapping[str, Method], fits: bool) -> bool:
@@ -221,7 +221,7 @@ def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
         whole = any(_inside(k, s) for s in saved)
         if whole or (config.get("bias") == "all" and "bias" in last and not p.endswith(NEST)):
             layer = p not in modules or adaptable(modules[p])
-            plan[p if layer else f"{p}.{last}"] = (Full() if whole else BitFit()) if layer else Full(with_bias=False)
+            plan[p if layer else f"{p}.{last}"] = (Full() if whole else BitFit()) if layer else Full(False, trains=last in modules[p]._parameters)
     return plan
 
 

@@ -7,6 +7,8 @@ V (o, i) and, where the layer has a bias, c (o) train; they start at W and b, so
 
 from __future__ import annotations
 
+import dataclasses
+
 from lorakit.method import Leaf, Method, base_bias, base_weight, method
 
 
@@ -15,13 +17,18 @@ class Full(Method):
     replaces = True
 
     with_bias: bool = True  # the bias beside the weight, too
+    trains: bool = True  # a buffer's copy is the adapter's own, but does not train
 
     V = Leaf("o i", base_weight, key="modules_to_save.weight")
     c = Leaf("o", base_bias, key="modules_to_save.bias", biased=True)
 
     @property
     def leaves(self):
-        return self.own if self.with_bias else {"V": self.own["V"]}
+        return self.own if self.with_bias else {"V": dataclasses.replace(self.own["V"], trains=self.trains)}
+
+    @classmethod
+    def examples(cls):
+        return [cls(), cls(with_bias=False)]
 
     def transpose(self, p):
         return {"V": p["V"].mT}

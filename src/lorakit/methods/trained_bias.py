@@ -12,8 +12,8 @@ from lorakit.errors import LorakitError
 from lorakit.method import Leaf, Method, Wrapper, base_bias, method, method_from_peft
 
 
-@method("bias", title="Trained bias", formula="inner(W); b -> c", laws=("identity",))
-class Bias(Wrapper):
+@method("trained-bias", title="Trained bias", formula="inner(W); b -> c", laws=("identity",))
+class TrainedBias(Wrapper):
     inner: Method
 
     c = Leaf("o", base_bias, key="base_layer.bias", biased=True)
