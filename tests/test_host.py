@@ -366,7 +366,7 @@ def test_rows_restore_what_was_active_also_after_an_error(llama):
     shake(lorakit.adapt(llama, r=2, name="a"), "a")
     shake(lorakit.adapt(llama, r=2, name="b"), "b", 2)
     y = logits(llama)
-    with pytest.raises(ValueError, match="a mixed batch of 2 rows got an input whose first dimension is 3"), lorakit.rows(llama, ["a", "b"]):
+    with pytest.raises(LorakitError, match="a mixed batch of 2 rows got an input whose first dimension is 3"), lorakit.rows(llama, ["a", "b"]):
         logits(llama)
     assert torch.equal(logits(llama), y)
     with pytest.raises(RuntimeError), lorakit.disabled(llama):

@@ -469,7 +469,7 @@ def test_a_batch_of_another_size_is_refused_also_when_it_is_a_multiple():
     many(model, ["q_proj"])
     with lorakit.rows(model, ["a", "b"]):
         for n in (3, 4, 1):
-            with pytest.raises(ValueError, match=f"a mixed batch of 2 rows got an input whose first dimension is {n}"):
+            with pytest.raises(LorakitError, match=f"a mixed batch of 2 rows got an input whose first dimension is {n}"):
                 model(tiny.ids(n))
 
 
@@ -520,3 +520,15 @@ def test_scripts_find_parameters_by_the_usual_names(build, options, words):
 def test_a_method_that_cannot_be_tied_or_stacked_says_so():
     with pytest.raises(LorakitError, match="transposed around transposed means nothing"):
         LoRA().transposed().inner.transposed().__class__(LoRA().transposed())
+
+
+def test_verbs_take_a_wrapper_in_the_way_of_peft(tmp_path):
+    from lorakit.compat.peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    shake(wrapped.get_base_model())
+    y = tiny.logits(wrapped)
+    lorakit.save(wrapped, tmp_path)
+    assert torch.equal(tiny.logits(lorakit.load(tiny.llama(), tmp_path)), y) and gap(tiny.logits(lorakit.merged(wrapped)), y) < 1e-5
+    lorakit.load(wrapped, tmp_path, "again")
+    assert torch.equal(tiny.logits(wrapped), y)

@@ -33,8 +33,8 @@ def adapt(model: nn.Module, adapter: str | Spec | Method = "lora", *, name: str 
     >>> [n for n, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default', '0.lora_B.default']
     """
-    spec = compose(adapter, **options)
-    attach(model, name, spec, spec.plan(model))
+    spec, base = compose(adapter, **options), host.bare(model)
+    attach(base, name, spec, spec.plan(base))
     return model
 
 
@@ -67,6 +67,8 @@ def activate(model: nn.Module, *names: str, weights: Sequence[float] | None = No
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base alone, inside a `with` block."""
     state = host.state_of(model)
+    if state.merged is not None:
+        raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
     keep, rows, state.active, state.rows = state.active, state.rows, {}, None
     try:
         yield model
@@ -91,7 +93,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     def check(module, args, kwargs):
         x = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
         if x is not None and not free[0] and x.dim() and len(x) != len(names):
-            raise ValueError(f"a mixed batch of {len(names)} rows got an input whose first dimension is {len(x)}")
+            raise LorakitError(f"a mixed batch of {len(names)} rows got an input whose first dimension is {len(x)}")
 
     def generating(*args, **kwargs):  # beams and returned sequences make several entries of one row
         free[0] = True
@@ -146,7 +148,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def merged(model: nn.Module) -> nn.Module:
     """A new, plain model with the active adapters merged in; the given one is not touched."""
-    new = copy.deepcopy(model)
+    new = copy.deepcopy(host.bare(model))
     host.merge(new)
     host.unload(new)
     untie(new)
@@ -178,6 +180,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
     form: "auto" writes PEFT's format where PEFT has the method, a plain LoRA where the update is exactly one (an offset
     start), and our own otherwise; "native" never converts; "lora" converts or refuses.
     """
+    model = host.bare(model)
     path = folder.save(model, path, name, form=form, lineage=lineage)
     check_saved(path, model)
     return path
@@ -191,10 +194,11 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, trainable
     (`check_base`), and with `probe` the logits must be those of the day it was saved. Raises LorakitError otherwise and
     leaves the model as it was. trainable: the leaves train again; the default is inference.
     """
-    with host.tentative(model, name):
-        read = folder.load(model, path, name, check_base)
+    base = host.bare(model)
+    with host.tentative(base, name):
+        read = folder.load(base, path, name, check_base)
         if probe and read.receipt:
-            check_probe(model, name, read)
+            check_probe(base, name, read)
     return model if trainable else freeze(model, name)
 
 

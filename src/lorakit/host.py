@@ -343,6 +343,12 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, out of a wrapper in the way of PEFT's (`get_base_model`)."""
+    get = getattr(type(model), "get_base_model", None)
+    return model if get is None else get(model)
+
+
 def find_state(model: nn.Module) -> State | None:
     """The model's shared state, or None if it has no adapter."""
     return next((s.state for m in model.modules() if isinstance(m, Host) for s in slots_of(m).values()), None)
@@ -392,7 +398,7 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
     if state.merged is not None:
         raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
     if first:
-        state.required_grad = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+        state.required_grad = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
     done: dict[str, Slot] = {}
     try:
         bank = _bank(modules, plan, seed, freeze)
@@ -531,7 +537,7 @@ def delete(model: nn.Module, name: str) -> None:
     del state.specs[name]
     state.active.pop(name, None)
     if not state.specs:
-        for n, p in model.named_parameters():
+        for n, p in model.named_parameters(remove_duplicate=False):
             p.requires_grad_(n in state.required_grad)
 
 
@@ -630,6 +636,6 @@ def unload(model: nn.Module) -> nn.Module:
         slot.kept = slot.absorbed = None
     for name in list(state.specs):
         _strip(modules, name, slots(model, name))
-    for n, p in model.named_parameters():
+    for n, p in model.named_parameters(remove_duplicate=False):
         p.requires_grad_(n in state.required_grad)
     return model

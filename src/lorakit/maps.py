@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorakit.errors import LorakitError
+
 if TYPE_CHECKING:
     from lorakit.method import Method
     from lorakit.sites import Site
@@ -147,7 +149,7 @@ class Affine:
 def spread(index: Tensor, n: int, where: str = "a layer") -> Tensor:
     """The adapter of each of n entries along a batch dimension: one row may stand for several in a row (tokens folded into it, beams)."""
     if n % len(index):
-        raise ValueError(f"a mixed batch of {len(index)} rows reached {where} as an input whose first dimension is {n}, which is no multiple of it")
+        raise LorakitError(f"a mixed batch of {len(index)} rows reached {where} as an input whose first dimension is {n}, which is no multiple of it")
     return index.repeat_interleave(n // len(index))
 
 

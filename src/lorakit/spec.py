@@ -39,6 +39,7 @@ class Spec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    heads: bool = True  # the freshly made head of a classification model is trained whole, unasked
     bias: str = "none"  # which biases train: none, those of the targets, all of the model's
     tokens: tuple[int, ...] | Mapping[str, Sequence[int]] = ()  # rows of the input embedding that train, or of tables by name
     tie: bool = False  # a weight that is tied to an adapted one follows the adapter
@@ -68,7 +69,7 @@ class Spec:
     def plan(self, model: nn.Module) -> dict[str, Method]:
         """Path -> method for this model. Raises LorakitError on names and patterns that match nothing."""
         modules, parameters = dict(model.named_modules()), {n for n, _ in model.named_parameters(remove_duplicate=False)}
-        saved = list(dict.fromkeys([*self.modules_to_save, *classifier(model)]))
+        saved = list(dict.fromkeys([*self.modules_to_save, *(classifier(model) if self.heads else ())]))
         kept = {p: Full() if p in modules else Full(False, trains=p in parameters) for p in _whole(model, saved)} | self._rows(model)
         paths = select(model, self.targets, self.exclude, self.layers, self.layers_pattern) if self.targets else []
         paths += select_parameters(model, self.parameters) if self.parameters else []

@@ -36,11 +36,13 @@ def base_info(model: nn.Module) -> dict[str, Any]:
             "class": type(model).__name__}
 
 
-def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", lineage: Sequence[Mapping[str, Any]] = ()) -> Path:
+def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", lineage: Sequence[Mapping[str, Any]] = (),
+         config: Mapping[str, Any] | None = None) -> Path:
     """Saves one adapter as a PEFT folder with a receipt; all of it appears, or nothing changes. Then reads it back and compares.
 
     form: "auto" writes PEFT's format where PEFT has the method, a plain LoRA where the update is exactly one (an offset
-    start), and our own otherwise; "native" never converts (checkpoints); "lora" converts or refuses.
+    start), and our own otherwise; "native" never converts (checkpoints); "lora" converts or refuses. config: keys of
+    adapter_config.json that are known better (task_type, revision, …).
     """
     state = host.state_of(model)
     name = _one(state, name)
@@ -48,10 +50,12 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
         raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) before saving")
     path, spec = Path(path), state.specs[name]
     slots = host.slots(model, name)
-    export = _Export(model, slots, name, form)
+    export = Export(model, name, form)
     called = [s for s in slots.values() if not s.raw]
     base = base_info(model) | {"transposed": bool(called) and all(s.site.transposed and not s.site.lookup for s in called)}
-    config = peft.config_of(spec, model, export.methods, base, export.own)
+    if not any(m.replaces for m in export.methods.values()) and str(base["task_type"]).endswith("_CLS"):
+        base["task_type"] = None  # PEFT would look for a head in the file
+    config = peft.config_of(spec, model, export.methods, base, export.own) | dict(config or {})
     receipt = _receipt(model, name, spec, export, config, base, lineage)
     _no_empty(export.tensors, path)
     with writing(path) as out:
@@ -84,10 +88,11 @@ def _one(state: host.State, name: str | None) -> str:
     return name
 
 
-class _Export:
-    """The adapter as it goes to disk: path -> method, file key -> tensor, and what was converted on the way."""
+class Export:
+    """The adapter as it goes to disk: path -> method, file key -> tensor, whether in our own layout, and what was converted on the way."""
 
-    def __init__(self, model: nn.Module, slots: Mapping[str, host.Slot], name: str, form: str):
+    def __init__(self, model: nn.Module, name: str, form: str = "native"):
+        slots = host.slots(model, name)
         if form not in ("auto", "native", "lora"):
             raise LorakitError(f"form: unknown `{form}`{near(form, ('auto', 'native', 'lora'))}")
         self.methods, self.tensors, self.converted = {}, {}, []
@@ -216,7 +221,7 @@ class Folder:
         modules = dict(model.named_modules())
         for p in self.methods:
             if place(modules, p) is None:
-                raise LorakitError(f"{self.path}: the adapter has `{p}`, which this {type(model).__name__} has not{near(p, modules)}")
+                raise LorakitError(f"{self.path}: the adapter has `{p}`, which this {type(model).__name__} has not{near(p, [n for n in modules if n])}")
         order = {n: k for k, n in enumerate(modules)}
         return {p: self.methods[p] for p in sorted(self.methods, key=lambda p: order[p if p in order else place(modules, p).owner])}
 
@@ -242,16 +247,22 @@ def other_tables(model: nn.Module, folder: Folder) -> list[str]:
     return out
 
 
-@torch.no_grad()
 def fill(model: nn.Module, name: str, folder: Folder) -> None:
-    slots, where = host.slots(model, name), folder.path / peft.TENSORS
+    """Sets an adapter's leaves from a folder."""
+    put_tensors(model, name, folder.tensors, folder.own, folder.path / peft.TENSORS)
+
+
+@torch.no_grad()
+def put_tensors(model: nn.Module, name: str, given: Mapping[str, Tensor], own: bool, where: Path) -> None:
+    """Sets an adapter's leaves from tensors under a file's keys. LorakitError for a key too many or too few, a wrong shape, NaN or infinity."""
+    slots = host.slots(model, name)
     methods = {p: s.methods[name] for p, s in slots.items() if name not in s.tied}
-    files = {} if folder.own else peft.file_paths(dict(model.named_modules()), methods) or {}
+    files = {} if own else peft.file_paths(dict(model.named_modules()), methods) or {}
     places = peft.expected(slots, name, files)
-    tensors = dict(folder.tensors)
+    tensors = dict(given)
     for k in [k for k in tensors if k.endswith(COPY) or any(part in k and k.replace(part, ".") in tensors for part in peft.TWICE)]:
         del tensors[k]
-    copies = {k: tensors.pop(k) for k in ({} if folder.own else peft.tied_copies(slots, name)) if k in tensors}
+    copies = {k: tensors.pop(k) for k in ({} if own else peft.tied_copies(slots, name)) if k in tensors}
     _same_start(model, name, tensors, where)
     missing = [k for k in places if k not in tensors]
     unused = [k for k in tensors if k not in places]

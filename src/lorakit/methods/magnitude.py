@@ -28,6 +28,9 @@ class Magnitude(Wrapper):
         if "row_gain" in self.inner.card.laws or self.inner.replaces or "m" in self.inner.leaves:
             raise LorakitError(f"magnitude around {self.inner.name} means nothing: the norm cancels it, or there is one already")
 
+    def unfit(self, site):
+        return "a row of one number has no direction for a magnitude" if site.in_ == 1 else self.inner.unfit(site)
+
     def settle(self, p, W):
         self.inner.settle(p, W)
         p["m"].copy_(self.inner.weight(p, W()).norm(dim=1))

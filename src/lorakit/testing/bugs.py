@@ -144,8 +144,8 @@ BUGS: dict[str, Bug] = {
     "experts' factors in another order than PEFT's": Bug("sites.py", "t.permute(1, 2, 0).flatten(1)", "t.permute(1, 0, 2).flatten(1)",
                                                          (there_and_back("experts"),)),
     "PEFT's doubled out-projection taken once": Bug("sites.py", 'return t * 2 if axes == "o r"', 'return t if axes == "o r"', (there_and_back("attention"),)),
-    "PEFT's nested parameters in another order": Bug("formats/peft.py", "mine[len(mine) - 1 - nested]", "mine[nested]",
-                                                     (there_and_back("experts and patterns"),)),
+    "PEFT's nested parameters in another order": Bug("formats/peft.py", "NEST * (len(order) - 1 - n)", "NEST * n",
+                                                     (there_and_back("experts"),)),
     "scaled embedding: the update is not scaled": Bug("sites.py", "return h * torch.as_tensor(self.module.embed_scale).to(h)", "return h",
                                                       (there_and_back("bart scaled embedding"),)),
     # beside the targets

@@ -45,7 +45,7 @@ class Itself(nn.Module):
         self.attn = nn.MultiheadAttention(8, 1, batch_first=True)  # an odd number of heads keeps torch off its fused path
 
     def forward(self, x):
-        return self.attn(x, x, x, need_weights=False)[0]
+        return self.attn(x, x, x)[0]
 
 
 class Experts(nn.Module):

@@ -1,0 +1,1 @@
+"""Other libraries' names over this one. Nothing in lorakit imports it."""
