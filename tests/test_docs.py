@@ -77,6 +77,15 @@ def test_links_between_pages_resolve():
                 assert (page.parent / target).exists(), f"{page.name} → {target}"
 
 
+def test_the_page_on_targets_runs(tmp_path, monkeypatch):
+    import tiny
+
+    tiny.llama().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "targets.md").read_text(), re.S))
+    exec(compile(code, "docs/targets.md", "exec"), {})
+
+
 def test_readme_names_only_verbs_that_exist():
     from lorakit.cli.app import VERBS
 
