@@ -127,7 +127,7 @@ def test_check_method_names_method_layer_dtype_and_check(wrong_way):
 
 def test_check_method_passes_a_good_method_and_counts():
     checks = ["merge", "save_and_load"]
-    wraps = 3  # plain, under magnitude, under offset
+    wraps = 5 + 4  # plain, under magnitude, offset, transposed and a trained bias; with lora_bias, all but transposed
     assert check_method(LoRA, ["linear"], ["float32"], checks) == len(checks) * wraps
 
 

@@ -352,8 +352,8 @@ def test_switching_walks_no_modules(llama, monkeypatch):
             yield m
 
     monkeypatch.setattr(nn.Module, "modules", counted)
-    for name in ("slots", "_strip", "host"):
-        monkeypatch.setattr(host, name, None)  # whoever walks the layers fails
+    for place, name in ((host, "slots"), (host.adapters, "_strip"), (host.module, "host")):
+        monkeypatch.setattr(place, name, None)  # whoever walks the layers fails
     monkeypatch.setattr(nn.Module, "named_modules", None)
     lorakit.activate(llama, "a", "c", weights=[1.0, 0.5])
     assert state.active == {"a": 1.0, "c": 0.5}

@@ -417,3 +417,50 @@ def test_running_statistics_of_a_saved_norm_go_both_ways(tmp_path):
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("theirs", "ours"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and int(b["base_model.model.bn.num_batches_tracked"]) == 3
     assert gap(peft.PeftModel.from_pretrained(Normed(), tmp_path / "ours").eval()(x), theirs(x)) <= TOL
+
+
+SMALL = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+         "head_dim": 8, "max_position_embeddings": 32, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def qwen3_moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1))
+
+
+def qwen2_moe():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, moe_intermediate_size=12, shared_expert_intermediate_size=12, num_experts=4,
+                                              num_experts_per_tok=2, decoder_sparse_step=1))
+
+
+def gpt_oss():
+    """Its experts are stored the other way round, and have biases."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"]))
+
+
+@pytest.mark.parametrize("make", [qwen2_moe, qwen3_moe, gpt_oss], ids=lambda f: f.__name__)
+def test_experts_of_other_models(make, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return make().eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]))
+        shake(theirs.eval())
+        theirs.save_pretrained(tmp_path / "theirs")
+        y, base = out(theirs), out(build())
+    ours = lorakit.load(build(), tmp_path / "theirs")
+    assert gap(out(ours), y) <= TOL and gap(y, base) > 1e-2 and gap(out(lorakit.merged(ours)), y) <= 2 * TOL
+    lorakit.save(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert gap(out(peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()), y) <= TOL
+    every = lorakit.adapt(build(), "dora", r=2, target_parameters="experts", name="all")
+    assert {p.rpartition(".")[2] for p in lorakit.host.slots(every)} == {"gate_up_proj", "down_proj"}
+    assert gap(out(every), base) < TOL

@@ -232,6 +232,11 @@ def base_out(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
+def exactly(c: Case, a: Tensor, b: Tensor) -> bool:
+    """The same bits; torch's attention sums in another order where nothing trains."""
+    return torch.equal(a, b) or (c.layer.startswith("attention") and rel(a, b) < c.tol / 10)
+
+
 # The checks
 
 
@@ -242,7 +247,7 @@ def check_identity_at_init(c: Case) -> None:
         assert rel(model(x), want(x)) < max(c.tol, 1e-6), "an adapter at its start changes the output"
         wet, _ = c.make(noisy=False, dropout=0.5)
         assert rel(wet.train()(x), want(x)) < max(c.tol, 1e-6), "dropout reaches the base, or is not the same wherever an update is subtracted"
-    assert torch.equal(base_out(model, x), want(x)), "a disabled adapter changes the output"
+    assert exactly(c, base_out(model, x), want(x)), "a disabled adapter changes the output"
 
 
 def check_two_views_agree(c: Case) -> None:
@@ -313,7 +318,7 @@ def check_two_adapters(c: Case) -> None:
     api.delete(model, "a")
     assert torch.equal(model(x), out["b"]), "deleting one adapter changes another"
     api.delete(model, "b")
-    assert type(model.layer) is type(c.base()[0].layer) and torch.equal(model(x), base), "the base does not come back"
+    assert type(model.layer) is type(c.base()[0].layer) and exactly(c, model(x), base), "the base does not come back"
 
 
 def check_chain_of_two(c: Case) -> None:
@@ -482,7 +487,7 @@ def check_dropout(c: Case) -> None:
         assert not torch.equal(a, b), "no dropout in train"
     torch.manual_seed(1)
     assert torch.equal(model(x), a), "dropout does not follow the global seed"
-    assert torch.equal(base_out(model, x), base_out(model.eval(), x)), "dropout reaches the base"
+    assert exactly(c, base_out(model, x), base_out(model.eval(), x)), "dropout reaches the base"
 
 
 def check_copies(c: Case) -> None:

@@ -1,0 +1,296 @@
+"""Puts adapters on a model, all or nothing, takes them off, merges them and puts the base back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.host.module import find_state, host, known, slots, state_of, unhost
+from lorakit.host.slot import Absorbed, Slot, State
+from lorakit.maps import Base, each
+from lorakit.method import Method, Origin, Params
+from lorakit.sites import Site, place, site_at
+
+
+def generator(seed: int, path: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the layer's path alone, not on the order or number of targets."""
+    word = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(word[:7], "big"))
+
+
+StartFn = Callable[[Method, Params, Origin, torch.Generator], None]
+
+
+def _device(site: Site) -> torch.device:
+    device = site.store.read().device
+    hook = getattr(site.module, "_hf_hook", None)  # offloaded by accelerate: the weight is on meta, the work is done elsewhere
+    where = getattr(hook, "execution_device", None)
+    return torch.device(where) if device.type == "meta" and where is not None else device
+
+
+@torch.no_grad()
+def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *, dropout: float = 0.0, freeze: tuple[str, ...] = (),
+           start: StartFn | None = None, absorb: bool = False, seed: int = 0, empty: bool = False, ties: Mapping[str, str] | None = None) -> State:
+    """Puts one adapter, a method for each path, on the model. All or nothing: on an error the model is as before.
+
+    start: sets leaves away from their own start. absorb: takes delta(start) out of the base. empty: leaves stay unset
+    (about to be loaded). ties: target -> the target whose very leaves it has. The base is frozen; leaves are at least
+    float32 and live where their target lives.
+    """
+    if not name or "." in name:
+        raise LorakitError(f"an adapter's name is one word without dots, not {name!r}")
+    modules, ties = dict(model.named_modules()), ties or {}
+    state = find_state(model)
+    first, state = state is None, state or State()
+    if name in state.specs:
+        raise LorakitError(f"the model already has an adapter `{name}`; mend: another name, or lorakit.delete(model, {name!r}) first")
+    if state.merged is not None:
+        raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
+    if first:
+        state.required_grad = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+    done: dict[str, Slot] = {}
+    try:
+        bank = _bank(modules, plan, seed, freeze)
+        for path, method in sorted(plan.items(), key=lambda kv: kv[0] in ties):
+            slot = done[path] = host(modules, state, path)
+            slot.methods[name], slot.dropout[name] = method, dropout
+            if why := method.unfit(slot.site):
+                raise LorakitError(f"{path}: {why}")
+            if path in ties:
+                _tie(slot, name, done[ties[path]])
+            else:
+                with _at(path):
+                    _fill(slot, name, method, bank, start, absorb, generator(seed, path), freeze, empty)
+    except BaseException:
+        _strip(modules, name, done)
+        raise
+    for n, p in model.named_parameters() if first else ():
+        p.requires_grad_(p.requires_grad and n not in state.required_grad)
+    state.specs[name] = spec
+    return state
+
+
+def _bank(modules, plan: Mapping[str, Method], seed: int, freeze: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """Leaves that the whole model shares: each one Parameter, at the largest size any target needs."""
+    shared: dict[str, tuple[Method, list[int]]] = {}
+    keep, device = torch.float32, None
+    for path, method in plan.items():
+        if not any(leaf.shared for leaf in method.leaves.values()):
+            continue
+        site = site_at(modules, path)
+        keep, device = torch.promote_types(keep, site.dtype), device or _device(site)
+        for k, s in method.shapes(site.out, site.in_).items():
+            if method.leaves[k].shared:
+                shared[k] = (method, [max(a, b) for a, b in zip(s, shared.get(k, (method, s))[1], strict=True)])
+    gen = torch.Generator().manual_seed(seed)
+    return {k: nn.Parameter(m.leaves[k].start(s, m.owner(k), Origin(None), gen).to(device, keep), m.leaves[k].trains and k not in freeze)
+            for k, (m, s) in shared.items()}
+
+
+@contextmanager
+def _at(path: str) -> Iterator[None]:
+    """An error inside says at which target."""
+    try:
+        yield
+    except LorakitError as e:
+        raise LorakitError(str(e) if path in str(e) else f"{path}: {e}") from None
+
+
+def _tie(slot: Slot, name: str, source: Slot) -> None:
+    slot.tied[name], slot.dropout[name] = source, 0.0
+    for leaf in source.whole(name):
+        slot.put(name, leaf, source.module._modules[source.attr(name, leaf)]._parameters[name])
+
+
+def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, empty) -> None:
+    site, device = slot.site, _device(slot.site)
+    keep = torch.promote_types(site.dtype, torch.float32)  # adapters never live below float32
+    keep = keep if site.dtype.is_floating_point else site.dtype  # but a counter stays one
+    if empty or device.type == "meta":
+        p = {k: torch.empty(s) for k, s in slot.shapes(name).items()}
+    else:
+        p = _begin(slot, name, method, start, absorb, gen)
+    for k, v in p.items():
+        trains = method.leaves[k].trains and k not in freeze
+        slot.put(name, k, bank[k] if k in bank else nn.Parameter(v.to(device, keep).contiguous(), trains))
+
+
+def _begin(slot: Slot, name: str, method: Method, start, absorb: bool, gen: torch.Generator) -> Params:
+    """The leaves at their start, on the CPU in float32; every matrix of a stack has its own."""
+    site = slot.site
+    base = slot.map(slot.state.active) if slot.state.chained else Base(site)  # around those in effect, or around the target
+    whole: list[Tensor] = []  # the base, read once and only if something asks
+
+    def origin(n: int) -> Origin:
+        def W() -> Tensor:
+            whole[:] = whole or [base.weight().to("cpu", torch.float32)]
+            return whole[0][n] if site.stack else whole[0]
+
+        bias = None if site.bias is None else site.bias.to("cpu")
+        return Origin(W, bias[n] if bias is not None and site.stack else bias, site.lookup)
+
+    many = range(site.stack[0] if site.stack else 1)
+    p = [method.start(site.out, site.in_, origin(n), gen) for n in many]
+    for n in many if start else ():
+        start(method.core, p[n], origin(n), gen)
+    if absorb:
+        _absorb(slot, name, method.core, _stacked(method, [{k: q[k].clone() for k in method.core.leaves} for q in p], site))
+        whole.clear()
+    for n in many:
+        method.settle(p[n], origin(n))
+    return _stacked(method, p, site)
+
+
+def _stacked(method: Method, p: list[Params], site: Site) -> Params:
+    return {k: torch.stack([q[k] for q in p]) if site.stack and not method.leaves[k].shared else p[0][k] for k in p[0]}
+
+
+@torch.no_grad()
+def _absorb(slot: Slot, name: str, core: Method, p0: Params) -> None:
+    """base := base - delta(p0), keeping the untouched base aside."""
+    if slot.absorbed:
+        raise LorakitError(f"adapter `{slot.absorbed.adapter}` already changed this base; two such starts disagree about it. "
+                           "Mend: storage: offset, which leaves the base alone")
+    site, kept = slot.site, slot.site.store.take()
+    W = Base(site).weight()
+    p0 = {k: v.to(W.device) for k, v in p0.items()}
+    site.store.write(site.unview(W - (each(site, core, core.weight, p0, W) - W)))
+    slot.absorbed = Absorbed(name, core, p0, kept)
+
+
+def _strip(modules: Mapping[str, nn.Module], name: str, on: Mapping[str, Slot]) -> None:
+    """Takes an adapter off these slots, which may have been given it only in part."""
+    for path, slot in on.items():
+        for leaf in slot.methods[name].leaves if name in slot.methods else ():
+            attr = slot.attr(name, leaf)
+            holder = slot.module._modules.get(attr)
+            if holder is not None:
+                holder._parameters.pop(name, None)
+                if not holder._parameters:
+                    del slot.module._modules[attr]
+        for table in (slot.methods, slot.dropout, slot.tied):
+            table.pop(name, None)
+        if slot.absorbed and slot.absorbed.adapter == name:
+            slot.site.store.put(slot.absorbed.kept)
+            slot.absorbed = None
+        if not slot.methods:
+            unhost(modules, place(modules, path))
+
+
+def delete(model: nn.Module, name: str) -> None:
+    """Takes one adapter off. With the last one gone the model is what it was before the first."""
+    state = known(model, [name])
+    if state.merged is not None:
+        raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
+    _strip(dict(model.named_modules()), name, slots(model, name))
+    del state.specs[name]
+    state.active.pop(name, None)
+    if not state.specs:
+        for n, p in model.named_parameters(remove_duplicate=False):
+            p.requires_grad_(n in state.required_grad)
+
+
+@contextmanager
+def tentative(model: nn.Module, name: str) -> Iterator[None]:
+    """An adapter put on inside stays only if the block ends without an error; else it goes, and what was active is so again."""
+    state = find_state(model)
+    active, there = state.active if state else {}, bool(state) and name in state.specs
+    try:
+        yield
+    except BaseException:
+        now = find_state(model)
+        if not there and now is not None and name in now.specs:
+            delete(model, name)
+        if state:
+            state.active = active
+        raise
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Takes every adapter off and gives back the very model: same objects, classes, weights, and what trained before."""
+    state = state_of(model)
+    if state.merged is not None:
+        unmerge(model)
+    for name in list(state.specs):
+        delete(model, name)
+    return model
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Writes the active adapters into the base weights (new weight objects; ties are left alone). `unmerge` undoes it to the bit.
+
+    Raises if a merged weight is not finite, or two adapters' order would matter; the model is then as before.
+    """
+    state = state_of(model)
+    if state.merged is not None:
+        raise LorakitError(f"adapters {sorted(state.merged)} are merged already; mend: lorakit.unmerge(model) first")
+    if not state.active:
+        raise LorakitError("no adapter is active, so there is nothing to merge; mend: lorakit.activate(model, name)")
+    done: list[Slot] = []
+    try:
+        for path, slot in slots(model).items():
+            if not (slot.absorbed or any(a in slot.methods for a in state.active)):
+                continue
+            W, bias = slot.map(state.active).weight(), slot.bias(state.active)
+            if not torch.isfinite(W).all():
+                raise LorakitError(f"{path}: the merged weight is not finite (NaN or infinity in the adapter?); nothing was merged")
+            slot.kept = (slot.site.store.take(), slot.site.bias)
+            done.append(slot)
+            slot.site.store.write(slot.site.unview(W))
+            if bias is not slot.site.bias:
+                slot.site.put_bias(nn.Parameter(bias.detach().to(slot.site.dtype).clone(), requires_grad=False))
+        for slot in done:
+            _keep_tied(slot, done)
+    except BaseException:
+        _put_back(done)
+        raise
+    state.merged, state.active = state.active, {}
+
+
+def _keep_tied(slot: Slot, done: Iterable[Slot]) -> None:
+    """Two weights that were one object and got the same update are one object again."""
+    sources = {id(s): s for s in slot.tied.values()}
+    source = next(iter(sources.values())) if len(sources) == 1 else None
+    mine = set(slot.state.active) & set(slot.methods)
+    if source in done and source.kept[0] is slot.kept[0] and mine == set(slot.tied) & mine == set(slot.state.active) & set(source.methods):
+        slot.site.store.put(source.site.store.take())
+
+
+def _put_back(done: Iterable[Slot]) -> None:
+    for slot in done:
+        weight, bias = slot.kept
+        slot.site.store.put(weight)
+        if slot.site.bias is not bias:
+            slot.site.put_bias(bias)
+        slot.kept = None
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts the untouched base weights back: the very objects, so bitwise."""
+    state = state_of(model)
+    if state.merged is None:
+        raise LorakitError("nothing is merged, so there is nothing to unmerge")
+    _put_back(s for s in slots(model).values() if s.kept)
+    state.active, state.merged = state.merged, None
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """After `merge`: drops the adapters and keeps the merged weights, as a plain model."""
+    state = state_of(model)
+    if state.merged is None:
+        raise LorakitError("nothing is merged; mend: lorakit.merge(model) first, or lorakit.detach(model) to get the base back")
+    modules = dict(model.named_modules())
+    for slot in slots(model).values():
+        slot.kept = slot.absorbed = None
+    for name in list(state.specs):
+        _strip(modules, name, slots(model, name))
+    for n, p in model.named_parameters(remove_duplicate=False):
+        p.requires_grad_(n in state.required_grad)
+    return model

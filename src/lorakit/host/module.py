@@ -1,0 +1,191 @@
+"""Makes modules hosts, in place: a layer that is called, or a module that reads parameters; finds the slots of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from types import MethodType
+
+from torch import nn
+
+from lorakit.errors import LorakitError, near
+from lorakit.host.slot import Holder, Slot, State
+from lorakit.maps import groups, spread
+from lorakit.sites import Place, batch_of, check_caller, place, site_at
+
+
+class Host:
+    """Marks a module with adapters; mixed into its class at run time (`class AdaptedLinear(Layer, Linear)`)."""
+
+    own_class: type  # what it was
+    mixin: type  # Layer or Reader
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self.own_class, self.mixin), self.__dict__
+
+
+class Layer(Host):
+    """A layer that is called with its input."""
+
+    slot: Slot
+
+    def forward(self, *args, **kwargs):
+        if self.slot.idle():
+            return super().forward(*args, **kwargs)
+        x, *more = (*args, *kwargs.values())  # the input may come by name
+        if more:
+            raise LorakitError(f"{type(self).__name__} was called with more than its input; an adapter would ignore the rest")
+        return self.slot.call()(x)
+
+
+class Reader(Host):
+    """A module whose forward reads parameters; it runs with the adapted values in their place."""
+
+    slots: dict[str, Slot]  # the parameter's name among the module's targets -> slot
+
+    def forward(self, *args, **kwargs):
+        busy = [s for s in self.slots.values() if not s.idle()]
+        if not busy:
+            return super().forward(*args, **kwargs)
+        rows = busy[0].state.rows
+        if rows is None:
+            with _reading(busy, busy[0].state.active):
+                return super().forward(*args, **kwargs)
+        for s in busy:
+            s.check_rows()
+        batch = batch_of(self, args, kwargs)
+        cut = groups(spread(rows[1], batch.n, busy[0].path))
+        parts = []
+        for i, at in cut:
+            a, k = batch.take(at)
+            with _reading(busy, {} if i < 0 else {rows[0][i]: 1.0}):
+                parts.append(super().forward(*a, **k))
+        return batch.join(parts, [at for _, at in cut])
+
+
+@contextmanager
+def _reading(busy: Iterable[Slot], active: Mapping[str, float]) -> Iterator[None]:
+    """Inside, the modules find the adapted values under their parameters' names."""
+    values = [(s.site.module.__dict__, s.values(active)) for s in busy]
+    for where, mine in values:
+        where.update(mine)
+    try:
+        yield
+    finally:
+        for where, mine in values:
+            for name in mine:
+                del where[name]
+
+
+def _rebuild(cls: type, mixin: type) -> nn.Module:
+    new = host_class(cls, mixin)
+    return new.__new__(new)
+
+
+@cache
+def host_class(cls: type, mixin: type) -> type:
+    """`class Adapted<Name>(Layer or Reader, <Name>)`, one for each class."""
+    return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": __name__, "own_class": cls, "mixin": mixin})
+
+
+def _take_class(module: nn.Module, mixin: type, path: str) -> None:
+    hooked = "_old_forward" in vars(module)  # accelerate wrapped it first: its hook must call us, not the old class
+    if "forward" in vars(module) and not hooked:
+        raise LorakitError(f"{path or 'this layer'}: its forward was replaced on the instance (by another library?), so an adapter "
+                           "would be skipped silently; mend: adapt the model first, or undo that replacement")
+    module.__class__ = host_class(type(module), mixin)
+    if hooked:
+        module._old_forward = MethodType(mixin.forward, module)
+
+
+def host(modules: Mapping[str, nn.Module], state: State, path: str) -> Slot:
+    """Makes the module at a target's place a host, or returns the slot the target already has."""
+    at = place(modules, path)
+    if at is None:
+        raise LorakitError(f"the model has no module or parameter `{path}`{near(path, modules)}")
+    module, mixin = modules[at.owner], Reader if at.key else Layer
+    if isinstance(module, Host) and module.mixin is not mixin:
+        raise LorakitError(f"{path}: another adapter is on {'the layer itself' if at.key else 'a parameter of this layer'}; mend: target the same of the two")
+    if isinstance(module, Host) and (slot := slot_in(module, at.key)):
+        return slot
+    check_caller(modules, path)
+    site = site_at(modules, path)
+    if not isinstance(module, Host):
+        _take_class(module, mixin, path)
+    if not at.key:
+        module.__dict__["slot"] = Slot(module, site, state, path)
+        return module.slot
+    keep = module._modules.get(at.key)  # a child layer that is not called carries the leaves itself
+    if keep is None:
+        keep = Holder().train(module.training)
+        module.add_module(f"{at.key}_adapter", keep)
+    slot = Slot(keep, site, state, path)
+    module.__dict__.setdefault("slots", {})[at.key] = slot
+    return slot
+
+
+def slot_in(module: nn.Module, key: str = "") -> Slot | None:
+    """The slot a host has for its own call, or for one of the parameters it reads."""
+    return module.__dict__.get("slots", {}).get(key) if key else module.__dict__.get("slot")
+
+
+def unhost(modules: Mapping[str, nn.Module], at: Place) -> None:
+    """Takes a slot off; with its last one a module gets its own class back."""
+    module = modules[at.owner]
+    if type(module) is not host_class(module.own_class, module.mixin):
+        raise LorakitError(f"{at.owner}: {type(module).__name__} is no longer the class an adapter made (sharded since?), so it cannot be taken off here")
+    slot = module.__dict__["slots"].pop(at.key) if at.key else module.__dict__.pop("slot")
+    if slot.absorbed:
+        slot.site.store.put(slot.absorbed.kept)
+    if isinstance(slot.module, Holder):
+        del module._modules[f"{at.key}_adapter"]
+    if module.__dict__.get("slots"):
+        return
+    module.__dict__.pop("slots", None)
+    module.__class__ = module.own_class
+    if "_old_forward" in vars(module):
+        module._old_forward = MethodType(type(module).forward, module)
+
+
+def slots_of(module: nn.Module, path: str = "") -> dict[str, Slot]:
+    """Path -> slot of the targets of one module."""
+    if not isinstance(module, Host):
+        return {}
+    if slot := module.__dict__.get("slot"):
+        return {path: slot}
+    return {f"{path}.{k}" if path else k: s for k, s in module.slots.items()}
+
+
+def slots(model: nn.Module, adapter: str | None = None) -> dict[str, Slot]:
+    """Path -> slot of every target, or of those that have this adapter."""
+    every = {p: s for n, m in model.named_modules() if isinstance(m, Host) for p, s in slots_of(m, n).items()}
+    return every if adapter is None else {n: s for n, s in every.items() if adapter in s.methods}
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's shared state. LorakitError if it has no adapter."""
+    state = find_state(model)
+    if state is None:
+        raise LorakitError(f"this {type(model).__name__} has no adapters; mend: lorakit.adapt(model, ...) or lorakit.load(model, path)")
+    return state
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, out of a wrapper in the way of PEFT's (`get_base_model`)."""
+    get = getattr(type(model), "get_base_model", None)
+    return model if get is None else get(model)
+
+
+def find_state(model: nn.Module) -> State | None:
+    """The model's shared state, or None if it has no adapter."""
+    return next((s.state for m in model.modules() if isinstance(m, Host) for s in slots_of(m).values()), None)
+
+
+def known(model: nn.Module, names: Iterable[str]) -> State:
+    """The state, after checking that every name is an adapter of the model."""
+    state = state_of(model)
+    for n in names:
+        if n not in state.specs:
+            raise LorakitError(f"the model has no adapter `{n}`{near(n, state.specs)}")
+    return state

@@ -1,0 +1,177 @@
+"""What hosting adds to one target, and what all targets of a model share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.maps import Affine, Applied, Base, Map, Once, PerRow, Sum, same
+from lorakit.method import Method, Params
+from lorakit.sites import NO_ROWS, Site
+from lorakit.stores.dense import held
+
+
+@dataclass
+class State:
+    """What all hosted layers of one model share."""
+
+    specs: dict[str, Any] = field(default_factory=dict)  # adapter -> how it was made, for saving
+    active: dict[str, float] = field(default_factory=dict)  # adapter -> weight, in order
+    chained: bool = False  # each adapter around the one before it, instead of a sum over one base
+    rows: tuple[tuple[str, ...], Tensor] | None = None  # mixed batch: names, and for each row an index into them or -1
+    merged: dict[str, float] | None = None  # what is merged into the base now
+    required_grad: frozenset[str] = frozenset()  # base parameters that trained before the first adapter came
+    prints: tuple[Any, Any] | None = None  # the base's fingerprint, and what it was taken of
+
+
+class Leaves(nn.Module):
+    """The tensors that several adapters keep under one leaf name on one layer."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items())
+
+
+class Holder(nn.Module):
+    """Carries the leaves of a parameter's adapters, as a child of the module that reads the parameter."""
+
+
+@dataclass
+class Absorbed:
+    """An adapter whose start was taken out of the base weight; `kept` puts the untouched base back."""
+
+    adapter: str
+    core: Method
+    p0: Params
+    kept: object
+
+
+class Slot:
+    """What hosting adds to one target: its geometry and the adapters on it. The tensors are children of `module`, the layer or a Holder."""
+
+    def __init__(self, module: nn.Module, site: Site, state: State, path: str = ""):
+        self.module, self.site, self.state, self.path = module, site, state, path
+        self.methods: dict[str, Method] = {}
+        self.dropout: dict[str, float] = {}
+        self.tied: dict[str, Slot] = {}  # adapter -> the slot whose very tensors it has here
+        self.absorbed: Absorbed | None = None
+        self.kept: tuple[object, nn.Parameter | None] | None = None  # the base, while merged
+
+    @property
+    def raw(self) -> bool:
+        """Whether the target is a parameter by its own name."""
+        return isinstance(self.module, Holder)
+
+    def attr(self, adapter: str, leaf: str) -> str:
+        """The child under which a leaf lives: its file key without the final `.weight`."""
+        key = self.methods[adapter].key(leaf, self.site.lookup)
+        return key.removesuffix(".weight").replace(".", "_")
+
+    def params(self, adapter: str) -> Params:
+        """The adapter's tensors on this layer; a shared one as the corner that fits here."""
+        leaves, out = self.methods[adapter].leaves, self.whole(adapter)
+        for leaf, t in out.items():
+            if leaves[leaf].shared:
+                out[leaf] = t[tuple(slice(n) for n in self.shapes(adapter)[leaf])]
+        return out
+
+    def first(self, adapter: str) -> Params:
+        """The leaves of one matrix: all of them, or the first of a stack."""
+        leaves = self.methods[adapter].leaves
+        return {k: t[0] if self.site.stack and not leaves[k].shared else t for k, t in self.params(adapter).items()}
+
+    def whole(self, adapter: str) -> Params:
+        """The adapter's tensors on this layer as they are stored, a shared one whole."""
+        out = {}
+        for leaf in self.methods[adapter].leaves:
+            holder = self.module._modules.get(self.attr(adapter, leaf))
+            if holder is not None and adapter in holder._parameters:
+                out[leaf] = held(holder, adapter)
+        return out
+
+    def shapes(self, adapter: str) -> dict[str, list[int]]:
+        method, site = self.methods[adapter], self.site
+        return {k: s if method.leaves[k].shared else [*site.stack, *s] for k, s in method.shapes(site.out, site.in_, site.bias is not None).items()}
+
+    def put(self, adapter: str, leaf: str, value: nn.Parameter) -> None:
+        attr = self.attr(adapter, leaf)
+        holder = self.module._modules.get(attr)
+        if holder is None:
+            if hasattr(self.module, attr):
+                raise LorakitError(f"the layer already has an attribute `{attr}`; is another adapter library on this model?")
+            holder = Leaves()
+            self.module.add_module(attr, holder)
+        holder._parameters[adapter] = value
+
+    def drop(self, adapter: str) -> Callable[[Tensor], Tensor]:
+        p = self.dropout.get(adapter, 0.0)
+        return partial(F.dropout, p=p) if p and self.module.training and self.site.drops else same
+
+    def applied(self, adapter: str, inner: Map, gain: float = 1.0) -> Applied:
+        return Applied(self.methods[adapter], self.params(adapter), inner, self.site, self.drop(adapter), gain)
+
+    def map(self, active: Mapping[str, float], bias: Tensor | None = None) -> Map:
+        """These adapters over this layer's base, as one map."""
+        here = {a: g for a, g in active.items() if a in self.methods}
+        base: Map = Base(self.site, bias)
+        if self.absorbed and self.absorbed.adapter not in here:  # the base without the adapter that changed it
+            base = Applied(self.absorbed.core, self.absorbed.p0, base, self.site)
+        if self.state.chained:
+            for a, g in here.items():
+                base = self.applied(a, base, g)
+            return base
+        if not here:
+            return base
+        if len(here) == 1:
+            [(a, g)] = here.items()
+            return self.applied(a, base, g)
+        base = Once(base)
+        return Sum(base, [self.applied(a, base, g) for a, g in here.items()])
+
+    def bias(self, active: Mapping[str, float]) -> Tensor | None:
+        """The bias beside `map(active)`."""
+        b0 = b = self.site.bias
+        for a, g in active.items():
+            if a in self.methods:
+                begun = b if self.state.chained else b0
+                new = self.methods[a].bias(self.params(a), begun)
+                change = None if new is begun else (new if begun is None else new - begun) * g
+                b = b if change is None else change if b is None else b + change
+        return b if b is b0 else b.to(self.site.dtype)
+
+    def affine(self, active: Mapping[str, float]) -> Callable[[Tensor], Tensor]:
+        """Map and bias; where every adapter only adds to the base's output, the base's own kernel adds the bias."""
+        bias = self.bias(active)
+        if all(self.methods[a].adds for a in active if a in self.methods):
+            return self.map(active, bias)
+        return Affine(self.map(active), self.site, bias)
+
+    def call(self) -> Callable[[Tensor], Tensor]:
+        if self.state.rows is None:
+            return self.affine(self.state.active)
+        names, index = self.state.rows
+        self.check_rows()
+        return PerRow(self.affine({}), [self.affine({n: 1.0}) for n in names], index, self.path)
+
+    def check_rows(self) -> None:
+        if NO_ROWS.search(self.path):
+            raise LorakitError(f"{self.path} does not get the rows of the batch but a choice of tokens or a table, so a mixed batch cannot be followed "
+                               "through it; mend: leave it out of the targets of these adapters")
+
+    def values(self, active: Mapping[str, float]) -> dict[str, Tensor]:
+        """Name -> value of the parameters as these adapters make them, in the base's dtype: what a module that reads them is to see."""
+        site = self.site
+        out = {site.store.name: site.unview(self.map(active).weight()).to(site.dtype)}
+        bias = self.bias(active)
+        return out if bias is site.bias else out | {site.bias_name: bias.to(site.bias.dtype)}
+
+    def idle(self) -> bool:
+        """Whether the layer's own forward is the answer."""
+        s = self.state
+        wanted = s.active if s.rows is None else s.rows[0]
+        return not (self.absorbed and s.merged is None) and not any(a in self.methods for a in wanted)
