@@ -20,6 +20,7 @@ from lorakit.models import load_base, task_of
 from lorakit.proof import check_probe, check_saved, same_function
 from lorakit.recipes import compose
 from lorakit.spec import Spec, attach
+from lorakit.stores.shards import GROWS, WRITES, scattered, sharded
 
 
 def adapt(model: nn.Module, adapter: str | Spec | Method = "lora", *, name: str = "default", **options: Any) -> nn.Module:
@@ -33,7 +34,7 @@ def adapt(model: nn.Module, adapter: str | Spec | Method = "lora", *, name: str 
     >>> [n for n, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default', '0.lora_B.default']
     """
-    spec, base = compose(adapter, **options), host.bare(model)
+    spec, base = compose(adapter, **options), host.bare(model, "adapt")
     attach(base, name, spec, spec.plan(base))
     return model
 
@@ -119,9 +120,11 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 def freeze(model: nn.Module, name: str) -> nn.Module:
     """The adapter stays in effect but does not train."""
     host.known(model, [name])
-    for slot in host.slots(model, name).values():
-        for t in slot.whole(name).values():
-            t.requires_grad_(False)
+    every = [t for slot in host.slots(model, name).values() for t in slot.parameters(name).values()]
+    if any(scattered(t) for t in every):
+        raise LorakitError(f"adapter `{name}` is spread over processes (FSDP), which keep training what trained then; mend: lorakit.freeze before fully_shard")
+    for t in every:
+        t.requires_grad_(False)
     return model
 
 
@@ -148,7 +151,10 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def merged(model: nn.Module) -> nn.Module:
     """A new, plain model with the active adapters merged in; the given one is not touched."""
-    new = copy.deepcopy(host.bare(model))
+    base = host.bare(model)
+    if sharded(base):
+        raise LorakitError(WRITES)
+    new = copy.deepcopy(base)
     host.merge(new)
     host.unload(new)
     untie(new)
@@ -194,7 +200,9 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, trainable
     (`check_base`), and with `probe` the logits must be those of the day it was saved. Raises LorakitError otherwise and
     leaves the model as it was. trainable: the leaves train again; the default is inference.
     """
-    base = host.bare(model)
+    base = host.bare(model, "load" if trainable else "")
+    if trainable and sharded(base):
+        raise LorakitError(GROWS.format("load"))
     with host.tentative(base, name):
         read = folder.load(base, path, name, check_base)
         if probe and read.receipt:

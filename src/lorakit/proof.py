@@ -89,7 +89,7 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None, merged:
     try:
         state = host.find_state(model)
         before = state.active if state else {}
-        load(model, path, name, check_base=False)
+        load(model, folder, name, check_base=False)
     except LorakitError as e:
         out.add("keys", False, str(e))
         return out

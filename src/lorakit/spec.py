@@ -20,8 +20,10 @@ from lorakit.methods.offset import Offset
 from lorakit.methods.tokens import Tokens
 from lorakit.methods.trained_bias import TrainedBias
 from lorakit.sites import adaptable, named_as, site_at
-from lorakit.targets import classifier, select, select_parameters
+from lorakit.targets import classifier, select, select_parameters, suffixes
 
+_PATH = re.compile(r"\^?[\w\-]+(?:\.[\w\-]+)*")  # a pattern that is only a path, or the end of one
+_SEPARATOR = re.compile(r"[\W_]")
 STORAGES = ("offset", "base", "none")
 BIASES = ("none", "lora_only", "all")
 
@@ -68,8 +70,8 @@ class Spec:
 
     def plan(self, model: nn.Module) -> dict[str, Method]:
         """Path -> method for this model. Raises LorakitError on names and patterns that match nothing."""
-        modules, parameters = dict(model.named_modules()), {n for n, _ in model.named_parameters(remove_duplicate=False)}
-        saved = list(dict.fromkeys([*self.modules_to_save, *(classifier(model) if self.heads else ())]))
+        modules, saved = dict(host.walk(model)), list(dict.fromkeys([*self.modules_to_save, *(classifier(model) if self.heads else ())]))
+        parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)} if saved else set()
         kept = {p: Full() if p in modules else Full(False, trains=p in parameters) for p in _whole(model, saved)} | self._rows(model)
         paths = select(model, self.targets, self.exclude, self.layers, self.layers_pattern) if self.targets else []
         paths += select_parameters(model, self.parameters) if self.parameters else []
@@ -161,24 +163,38 @@ def _biases(model: nn.Module, plan: Mapping[str, Method]) -> dict[str, Method]:
 
 def matched(what: str, patterns: Mapping[str, Any], paths: Sequence[str], strict: bool = True,
             names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Path -> value of the first pattern that matches its end, as PEFT reads them. One combined expression, not one each.
+    """Path -> value of the first pattern that matches its end, as PEFT reads them. Plain paths are looked up, the rest is one expression.
 
     names: what patterns know a path by, where that is not itself.
     """
-    if not patterns:
-        return {}
-    keys = list(patterns)
+    known, numbers = names or {}, {k: n for n, k in enumerate(patterns)}
+    plain: dict[str, list[str]] = {}  # a key that is the end of a path, its dots and underscores alike -> such keys
+    for k in (k for k in patterns if _PATH.fullmatch(k)):
+        plain.setdefault(_SEPARATOR.sub(".", k.removeprefix("^")), []).append(k)
+    keys = [k for k in patterns if not _PATH.fullmatch(k)]
     try:
-        regex = re.compile("|".join(f"(?P<k{n}>(?:.*\\.)?(?:{k})$)" for n, k in enumerate(keys)))
+        regex = re.compile("|".join(f"(?P<k{n}>(?:.*\\.)?(?:{k})$)" for n, k in enumerate(keys))) if keys else None
     except re.error as e:
         raise LorakitError(f"{what}: a key is not a regular expression: {e}") from None
-    known = names or {}
-    hits = {p: keys[int(m.lastgroup[1:])] for p in paths if (m := regex.match(known.get(p, p)))}
-    for k in keys if strict else ():
-        if k not in hits.values() and not any(re.match(rf"(?:.*\.)?(?:{k})$", known.get(p, p)) for p in paths):
+    hits, used = {}, set()
+    for p in paths if patterns else ():
+        name = known.get(p, p)
+        found = [k for end in suffixes(name) for k in plain.get(_SEPARATOR.sub(".", end), ()) if _is_end(k, end, name)]
+        found += [keys[int(m.lastgroup[1:])]] if regex and (m := regex.match(name)) else []
+        used.update(found)
+        if found:
+            hits[p] = min(found, key=numbers.__getitem__)
+    for k in patterns if strict else ():
+        if k not in used and not (not _PATH.fullmatch(k) and any(re.match(rf"(?:.*\.)?(?:{k})$", known.get(p, p)) for p in paths)):
             ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
             raise LorakitError(f"{what}: no target matches `{k}`{near(k, ends)}")
     return {p: patterns[k] for p, k in hits.items()}
+
+
+def _is_end(key: str, end: str, name: str) -> bool:
+    """Whether a key that is a plain path matches this end of a name: a dot stands for any character, ^ for the beginning."""
+    bare = key.removeprefix("^")
+    return len(bare) == len(end) and all(a in (b, ".") for a, b in zip(bare, end, strict=True)) and (key[0] != "^" or end == name)
 
 
 def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], empty: bool = False) -> None:

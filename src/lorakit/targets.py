@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorakit.errors import LorakitError, near
-from lorakit.host import Holder, Leaves
+from lorakit.host import walk
 from lorakit.sites import adaptable, fused, linear_like, plain, reads
 
 KEYWORDS = ("all-linear", "attention", "mlp")
@@ -69,7 +69,7 @@ def _carries(module: nn.Module) -> bool:
     return adaptable(module) or bool(reads(module))
 
 
-def _suffixes(path: str) -> Iterable[str]:
+def suffixes(path: str) -> Iterable[str]:
     yield path
     while "." in path:
         path = path.partition(".")[2]
@@ -87,7 +87,7 @@ def _named(names: Sequence[str], every: dict[str, nn.Module], what: str) -> list
     wanted, hit = set(names), dict.fromkeys(names, False)
     out = []
     for path, module in every.items():
-        found = [s for s in _suffixes(path) if s in wanted]
+        found = [s for s in suffixes(path) if s in wanted]
         if found and _carries(module):
             out += _stands_for(path, module)
         for s in found:
@@ -153,7 +153,7 @@ def select(model: nn.Module, targets: str | Sequence[str] = "all-linear", exclud
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if n and not isinstance(m, Leaves | Holder)}
+    return {n: m for n, m in walk(model) if n}
 
 
 def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:
@@ -164,7 +164,7 @@ def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]
     own = {f"{n}.{k}" if n else k: (n, k) for n, m in every.items() for k, p in m._parameters.items() if p is not None}
     out = []
     for path, (module, name) in own.items():
-        found = [s for s in _suffixes(path) if s in wanted] + (["experts"] if "experts" in hit and name in fused(every[module]) else [])
+        found = [s for s in suffixes(path) if s in wanted] + (["experts"] if "experts" in hit and name in fused(every[module]) else [])
         if found:
             out.append(module if name == "weight" and plain(every[module]) else path)
         hit |= dict.fromkeys(found, True)

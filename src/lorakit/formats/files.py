@@ -105,6 +105,15 @@ def writing(folder: str | Path) -> Iterator[FolderWrite]:
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise _not_written(folder, e) from e
+    with _locked(folder.parent, alone=True):  # one writer at a time, also of several processes
+        yield from _written(folder, made)
+
+
+def _written(folder: Path, made: bool) -> Iterator[FolderWrite]:
+    try:
+        folder.mkdir(exist_ok=True)  # another writer may have taken its own away
         with _locked(folder, alone=True):
             recover(folder)
             _clean(folder)
@@ -127,8 +136,12 @@ def writing(folder: str | Path) -> Iterator[FolderWrite]:
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         if isinstance(e, OSError) or "No space left" in str(e):
-            raise LorakitError(f"could not write {folder}: {e} ({_free(folder)}); nothing that was there before is changed") from e
+            raise _not_written(folder, e) from e
         raise
+
+
+def _not_written(folder: Path, e: BaseException) -> LorakitError:
+    return LorakitError(f"could not write {folder}: {e} ({_free(folder)}); nothing that was there before is changed")
 
 
 def _free(folder: Path) -> str:
@@ -182,5 +195,5 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException as e:
         shutil.rmtree(tmp, ignore_errors=True)
         if isinstance(e, OSError) or "No space left" in str(e):
-            raise LorakitError(f"could not write {path}: {e} ({_free(path)}); nothing that was there before is changed") from e
+            raise _not_written(path, e) from e
         raise

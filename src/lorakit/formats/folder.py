@@ -22,6 +22,7 @@ from lorakit.methods.lora import LoRA
 from lorakit.methods.offset import Offset
 from lorakit.sites import place
 from lorakit.spec import Spec, attach
+from lorakit.stores.shards import cut, plain_class, sharded, writer
 
 COPY = ".base_layer.weight"  # under this key PEFT keeps a copy of an adapted embedding's table
 
@@ -31,9 +32,10 @@ def base_info(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
              "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForTokenClassification": "TOKEN_CLS"}
-    task = next((v for k, v in kinds.items() if type(model).__name__.endswith(k)), None)
+    cls = plain_class(model).__name__
+    task = next((v for k, v in kinds.items() if cls.endswith(k)), None)
     return {"name": getattr(config, "_name_or_path", None) or None, "revision": getattr(config, "_commit_hash", None), "task_type": task,
-            "class": type(model).__name__}
+            "class": cls}
 
 
 def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", lineage: Sequence[Mapping[str, Any]] = (),
@@ -42,8 +44,10 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
 
     form: "auto" writes PEFT's format where PEFT has the method, a plain LoRA where the update is exactly one (an offset
     start), and our own otherwise; "native" never converts (checkpoints); "lora" converts or refuses. config: keys of
-    adapter_config.json that are known better (task_type, revision, …).
+    adapter_config.json that are known better (task_type, revision, …). Of a model that FSDP2 spreads over processes all
+    of them call it: they gather together, the first one writes, and an error is raised in all.
     """
+    sharded(model)
     state = host.state_of(model)
     name = _one(state, name)
     if state.merged is not None:
@@ -56,15 +60,21 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
     if not any(m.replaces for m in export.methods.values()) and str(base["task_type"]).endswith("_CLS"):
         base["task_type"] = None  # PEFT would look for a head in the file
     config = peft.config_of(spec, model, export.methods, base, export.own) | dict(config or {})
-    receipt = _receipt(model, name, spec, export, config, base, lineage)
     _no_empty(export.tensors, path)
+    receipt = _receipt(model, name, spec, export, config, base, lineage)
+    with writer(model) as mine:
+        if mine:
+            _write(path, export.tensors, config, receipt)
+    return path
+
+
+def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], receipt: dict[str, Any]) -> None:
     with writing(path) as out:
-        save_file(export.tensors, str(out.path(peft.TENSORS)), metadata={"format": "pt"})
+        save_file(tensors, str(out.path(peft.TENSORS)), metadata={"format": "pt"})
         out.json(peft.CONFIG, config)
         receipt["files"] = {n: sha256(path / f".lorakit-tmp-{n}") for n in (peft.TENSORS, peft.CONFIG)}
         out.json(peft.RECEIPT, receipt)
-    _read_back(path, export.tensors)
-    return path
+    _read_back(path, tensors)
 
 
 def _read_back(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -111,9 +121,10 @@ class Export:
             slot = slots[path]
             for leaf, t in params[path].items():
                 if shared := method.leaves[leaf].shared:
-                    t = slot.module._modules[slot.attr(name, leaf)]._parameters[name]
+                    t = slot.whole(name)[leaf]
                 key = peft.leaf_key(path, slot, method, leaf, {} if self.own else files)
-                self.tensors[key] = (t if shared else slot.site.pack(t, method.leaves[leaf].axes)).detach().to("cpu").contiguous().clone()
+                t = (t if shared else slot.site.pack(t, method.leaves[leaf].axes)).detach()
+                self.tensors[key] = t if t.device.type == "meta" else t.to("cpu").contiguous().clone()
         if not self.own:
             self.tensors |= peft.tied_copies(slots, name)
 
@@ -218,7 +229,7 @@ class Folder:
             keys = ", ".join(list(self.tensors)[:3])
             raise LorakitError(f"{self.path}: no tensor has a key of this method; the file holds {keys or 'nothing'}")
         self.bind(model)
-        modules = dict(model.named_modules())
+        modules = dict(host.walk(model))
         for p in self.methods:
             if place(modules, p) is None:
                 raise LorakitError(f"{self.path}: the adapter has `{p}`, which this {type(model).__name__} has not{near(p, [n for n in modules if n])}")
@@ -255,6 +266,7 @@ def fill(model: nn.Module, name: str, folder: Folder) -> None:
 @torch.no_grad()
 def put_tensors(model: nn.Module, name: str, given: Mapping[str, Tensor], own: bool, where: Path) -> None:
     """Sets an adapter's leaves from tensors under a file's keys. LorakitError for a key too many or too few, a wrong shape, NaN or infinity."""
+    sharded(model)
     slots = host.slots(model, name)
     methods = {p: s.methods[name] for p, s in slots.items() if name not in s.tied}
     files = {} if own else peft.file_paths(dict(model.named_modules()), methods) or {}
@@ -273,13 +285,13 @@ def put_tensors(model: nn.Module, name: str, given: Mapping[str, Tensor], own: b
     for k, (slot, leaf) in places.items():
         spec = slot.methods[name].leaves[leaf]
         here = slot.module._modules[slot.attr(name, leaf)]._parameters[name]
-        want = slot.site.pack(here, spec.axes) if not spec.shared else here
-        if tensors[k].shape != want.shape:
-            raise LorakitError(f"{where}: `{k}` has shape {list(tensors[k].shape)}, this model and configuration need {list(want.shape)}")
+        want = here.shape if spec.shared else slot.site.pack(torch.empty(here.shape, device="meta"), spec.axes).shape
+        if tensors[k].shape != want:
+            raise LorakitError(f"{where}: `{k}` has shape {list(tensors[k].shape)}, this model and configuration need {list(want)}")
         value = tensors[k] if spec.shared else slot.site.unpack(tensors[k], spec.axes)
         if not torch.isfinite(value).all():
             raise LorakitError(f"{where}: `{k}` holds NaN or infinity")
-        here.copy_(value)
+        here.copy_(cut(value, here))
     for k, t in (peft.tied_copies(slots, name) if copies else {}).items():
         if k in copies and not torch.equal(copies[k].to(t), t):
             raise LorakitError(f"{where}: `{k}` belongs to a weight that is tied to the embedding, but is not the embedding's adapter")
@@ -300,13 +312,13 @@ def _and(keys: Sequence[str]) -> str:
     return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
 
 
-def load(model: nn.Module, path: str | Path, name: str, check_base: bool = True) -> Folder:
+def load(model: nn.Module, path: str | Path | Folder, name: str, check_base: bool = True) -> Folder:
     """Puts a saved adapter on the model and makes it the active one.
 
     Every tensor must find its place and every place its tensor; with a receipt the files must be those it was written for
     and the base's fingerprint must match (`check_base`). Raises LorakitError otherwise and leaves the model as it was.
     """
-    folder = Folder(path)
+    folder = path if isinstance(path, Folder) else Folder(path)
     folder.bind(model)
     if check_base and folder.receipt:
         _same_base(model, folder)

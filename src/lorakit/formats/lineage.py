@@ -36,7 +36,7 @@ def apply(model: nn.Module, lineage: Sequence[Mapping[str, Any]]) -> list[str]:
         load(model, folder.path, name)
         state = host.state_of(model)
         for slot in host.slots(model, name).values():
-            for t in slot.whole(name).values():
+            for t in slot.parameters(name).values():
                 t.requires_grad_(False)
         frozen.append(name)
         state.active, state.chained = dict.fromkeys(frozen, 1.0), True

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.host import Leaves, find_state, slots
+from lorakit.host import find_state, slots, walk
 from lorakit.maps import each
 from lorakit.stores.dense import held
+from lorakit.stores.shards import every, part, sharded, whole
 
 SAMPLE = 65_536
 PROBE_ROWS, PROBE_LENGTH, PROBE_KEEP = 3, 12, 8
@@ -28,19 +29,18 @@ PROBE_ROWS, PROBE_LENGTH, PROBE_KEEP = 3, 12, 8
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base's own parameters and saved buffers, tied ones once, without what an adapter replaces whole."""
-    mine = {id(p) for m in model.modules() if isinstance(m, Leaves) for p in m._parameters.values()}
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     targets = slots(model)
     whole = {p for p, s in targets.items() if any(m.replaces for m in s.methods.values())}
     absorbed = {id(s.site.store.take()): s.absorbed.kept for s in targets.values() if s.absorbed}
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if path in whole:
             continue
         names = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
         for k, t in names.items():
             t = absorbed.get(id(t), t)
-            if isinstance(t, Tensor) and f"{path}.{k}" not in whole and id(t) not in mine and id(t) not in seen:
+            if isinstance(t, Tensor) and f"{path}.{k}" not in whole and id(t) not in seen:
                 seen.add(id(t))
                 t = held(module, k) if t.device.type == "meta" else t
                 out[f"{path}.{k}" if path else k] = t
@@ -71,12 +71,17 @@ def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
     state = find_state(model)
     if state and state.merged is not None:
         raise LorakitError("the base cannot be fingerprinted while adapters are merged into it; mend: lorakit.unmerge(model)")
+    together = sharded(model)
     tensors = {n: t for n, t in base_tensors(model).items() if t.device.type != "meta"}
-    taken_of = {n: (t.data_ptr(), t._version, _sample(t)) for n, t in tensors.items()} if state else None
-    if state and state.prints and state.prints[0] == taken_of:
+    taken_of = {n: (p.data_ptr(), p._version, _sample(p)) for n, t in tensors.items() for p in [part(t)]} if state else None
+    known = bool(state and state.prints and state.prints[0] == taken_of)
+    if every(known) if together else known:
         return state.prints[1]
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # hashing releases the interpreter lock
-        prints = dict(zip(tensors, pool.map(_digests, tensors.values()), strict=True))
+    if together or torch.get_num_threads() == 1:
+        prints = {n: _digests(whole(t)) for n, t in tensors.items()}
+    else:
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # hashing releases the interpreter lock
+            prints = dict(zip(tensors, pool.map(_digests, tensors.values()), strict=True))
     if state:
         state.prints = (taken_of, prints)
     return prints
@@ -117,7 +122,7 @@ def modules_table(model: nn.Module, name: str) -> dict[str, dict[str, Any]]:
         if b is not b0:
             delta = math.hypot(delta, float((b if b0 is None else b.double() - b0.double()).norm()))
         row = {"method": method.name, "delta_norm": delta, "base_norm": float(base.row_sq().double().sum().sqrt()),
-               "trainable": sum(t.numel() for t in p.values() if t.requires_grad), "parameters": sum(t.numel() for t in p.values())}
+               "trainable": sum(p[k].numel() for k, t in slot.parameters(name).items() if t.requires_grad), "parameters": sum(t.numel() for t in p.values())}
         out[path] = row | ({"rank": two[1].shape[-2]} if two is not None else {})
     return out
 
@@ -147,6 +152,7 @@ def probe(model: nn.Module) -> Tensor | None:
     try:
         out = model(**{k: v.to(device) for k, v in feed.items()})
     finally:
+        sharded(model)
         for m, flag in was.items():
             m.training = flag
     logits = getattr(out, "logits", None)

@@ -22,7 +22,7 @@ class LoRAPlus(Hook):
             raise LorakitError(f"lora_plus: ratio must be at least 1, not {self.ratio}")
 
     def param_groups(self, model, groups):
-        fast = {id(p["B"]) for s in slots(model).values() for a in s.methods if "B" in (p := s.params(a))}
+        fast = {id(p["B"]) for s in slots(model).values() for a in s.methods if "B" in (p := s.parameters(a))}
         out = []
         for g in groups:
             for some, ratio in (([p for p in g["params"] if id(p) not in fast], 1.0), ([p for p in g["params"] if id(p) in fast], self.ratio)):

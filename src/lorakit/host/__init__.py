@@ -7,8 +7,8 @@ per model says which adapters are active; every slot points at it, so switching 
 """
 
 from lorakit.host.adapters import attach, delete, detach, generator, merge, tentative, unload, unmerge
-from lorakit.host.module import Host, Layer, Reader, bare, find_state, known, slots, slots_of, state_of
+from lorakit.host.module import Host, Layer, Reader, bare, find_state, known, slots, slots_of, state_of, walk
 from lorakit.host.slot import Absorbed, Holder, Leaves, Slot, State
 
 __all__ = ["Absorbed", "Holder", "Host", "Layer", "Leaves", "Reader", "Slot", "State", "attach", "bare", "delete", "detach", "find_state", "generator",
-           "known", "merge", "slots", "slots_of", "state_of", "tentative", "unload", "unmerge"]
+           "known", "merge", "slots", "slots_of", "state_of", "tentative", "unload", "unmerge", "walk"]

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.host.module import find_state, host, known, slots, state_of, unhost
+from lorakit.host.hooked import check_blocks
+from lorakit.host.module import find_state, host, host_class, known, slots, state_of, unhost, walk
 from lorakit.host.slot import Absorbed, Slot, State
 from lorakit.maps import Base, each
 from lorakit.method import Method, Origin, Params
 from lorakit.sites import Site, place, site_at
+from lorakit.stores.shards import GROWS, scattered
 
 
 def generator(seed: int, path: str) -> torch.Generator:
@@ -45,13 +47,16 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
     """
     if not name or "." in name:
         raise LorakitError(f"an adapter's name is one word without dots, not {name!r}")
-    modules, ties = dict(model.named_modules()), ties or {}
+    modules, ties = dict(walk(model)), ties or {}
     state = find_state(model)
     first, state = state is None, state or State()
     if name in state.specs:
         raise LorakitError(f"the model already has an adapter `{name}`; mend: another name, or lorakit.delete(model, {name!r}) first")
     if state.merged is not None:
         raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
+    if not empty and any(scattered(t) for m in modules.values() for t in m._parameters.values()):
+        raise LorakitError(GROWS.format("adapt"))
+    check_blocks(modules, plan)
     if first:
         state.required_grad = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
     done: dict[str, Slot] = {}
@@ -104,8 +109,8 @@ def _at(path: str) -> Iterator[None]:
 
 def _tie(slot: Slot, name: str, source: Slot) -> None:
     slot.tied[name], slot.dropout[name] = source, 0.0
-    for leaf in source.whole(name):
-        slot.put(name, leaf, source.module._modules[source.attr(name, leaf)]._parameters[name])
+    for leaf, p in source.parameters(name).items():
+        slot.put(name, leaf, p)
 
 
 def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, empty) -> None:
@@ -188,7 +193,13 @@ def delete(model: nn.Module, name: str) -> None:
     state = known(model, [name])
     if state.merged is not None:
         raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) first")
-    _strip(dict(model.named_modules()), name, slots(model, name))
+    modules, there = dict(walk(model)), slots(model, name)
+    for path, slot in there.items():
+        module = modules[place(modules, path).owner]
+        if set(slot.methods) == {name} and type(module) is not host_class(module.own_class, module.mixin):
+            raise LorakitError(f"{path} is itself spread over processes (FSDP), which made another class of it, so its last adapter cannot come off; "
+                               "mend: lorakit.activate(model), which leaves the base alone in effect, or load the base anew")
+    _strip(modules, name, there)
     del state.specs[name]
     state.active.pop(name, None)
     if not state.specs:

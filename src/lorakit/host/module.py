@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from types import MethodType
 
 from torch import nn
 
 from lorakit.errors import LorakitError, near
-from lorakit.host.slot import Holder, Slot, State
+from lorakit.host.hooked import change_class, own_forwards
+from lorakit.host.slot import Holder, Leaves, Slot, State
 from lorakit.maps import groups, spread
 from lorakit.sites import Place, batch_of, check_caller, place, site_at
 
@@ -90,13 +90,10 @@ def host_class(cls: type, mixin: type) -> type:
 
 
 def _take_class(module: nn.Module, mixin: type, path: str) -> None:
-    hooked = "_old_forward" in vars(module)  # accelerate wrapped it first: its hook must call us, not the old class
-    if "forward" in vars(module) and not hooked:
+    if "forward" in vars(module) and not own_forwards(module):
         raise LorakitError(f"{path or 'this layer'}: its forward was replaced on the instance (by another library?), so an adapter "
                            "would be skipped silently; mend: adapt the model first, or undo that replacement")
-    module.__class__ = host_class(type(module), mixin)
-    if hooked:
-        module._old_forward = MethodType(mixin.forward, module)
+    change_class(module, host_class(type(module), mixin))
 
 
 def host(modules: Mapping[str, nn.Module], state: State, path: str) -> Slot:
@@ -133,8 +130,6 @@ def slot_in(module: nn.Module, key: str = "") -> Slot | None:
 def unhost(modules: Mapping[str, nn.Module], at: Place) -> None:
     """Takes a slot off; with its last one a module gets its own class back."""
     module = modules[at.owner]
-    if type(module) is not host_class(module.own_class, module.mixin):
-        raise LorakitError(f"{at.owner}: {type(module).__name__} is no longer the class an adapter made (sharded since?), so it cannot be taken off here")
     slot = module.__dict__["slots"].pop(at.key) if at.key else module.__dict__.pop("slot")
     if slot.absorbed:
         slot.site.store.put(slot.absorbed.kept)
@@ -143,9 +138,7 @@ def unhost(modules: Mapping[str, nn.Module], at: Place) -> None:
     if module.__dict__.get("slots"):
         return
     module.__dict__.pop("slots", None)
-    module.__class__ = module.own_class
-    if "_old_forward" in vars(module):
-        module._old_forward = MethodType(type(module).forward, module)
+    change_class(module, module.own_class)
 
 
 def slots_of(module: nn.Module, path: str = "") -> dict[str, Slot]:
@@ -157,9 +150,20 @@ def slots_of(module: nn.Module, path: str = "") -> dict[str, Slot]:
     return {f"{path}.{k}" if path else k: s for k, s in module.slots.items()}
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without what adapters put there, and without a generator for every level."""
+    seen, todo = set(), [("", model)]
+    while todo:
+        path, module = todo.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            todo += [(f"{path}.{k}" if path else k, m) for k, m in reversed(module._modules.items()) if m is not None and not isinstance(m, Leaves | Holder)]
+
+
 def slots(model: nn.Module, adapter: str | None = None) -> dict[str, Slot]:
     """Path -> slot of every target, or of those that have this adapter."""
-    every = {p: s for n, m in model.named_modules() if isinstance(m, Host) for p, s in slots_of(m, n).items()}
+    every = {p: s for n, m in walk(model) if isinstance(m, Host) for p, s in slots_of(m, n).items()}
     return every if adapter is None else {n: s for n, s in every.items() if adapter in s.methods}
 
 
@@ -171,10 +175,19 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model itself, out of a wrapper in the way of PEFT's (`get_base_model`)."""
-    get = getattr(type(model), "get_base_model", None)
-    return model if get is None else get(model)
+def bare(model: nn.Module, grows: str = "") -> nn.Module:
+    """The model itself, out of a wrapper: PEFT's kind (`get_base_model`), torch.compile's, or data parallelism's.
+
+    grows: the verb, where it adds tensors that train, which data parallelism must know when it wraps. LorakitError then.
+    """
+    cls = type(model)
+    inner = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}.get(cls.__name__)
+    if inner in model._modules:
+        if grows and inner == "module":
+            raise LorakitError(f"the model is inside a {cls.__name__}, which would not sum the gradients of new tensors; mend: "
+                               f"lorakit.{grows}(model.module, ...) before it is wrapped")
+        return bare(model._modules[inner])
+    return cls.get_base_model(model) if hasattr(cls, "get_base_model") else model
 
 
 def find_state(model: nn.Module) -> State | None:

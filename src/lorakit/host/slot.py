@@ -31,7 +31,19 @@ class State:
 
 
 class Leaves(nn.Module):
-    """The tensors that several adapters keep under one leaf name on one layer."""
+    """The tensors that several adapters keep under one leaf name on one layer. They are read; the module itself is never called."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """accelerate's hooks send a module's tensors away until it is called: these follow to the hook's device, and stay."""
+        if name == "_old_forward":  # before they go
+            self.__dict__["_here"] = dict(self._parameters)
+        elif name == "_hf_hook":  # they are gone
+            device = getattr(value, "execution_device", None)
+            for k, p in self.__dict__.pop("_here", {}).items():
+                p.data = p.data if device is None else p.data.to(device)
+                self._parameters[k] = p
+        elif name != "forward":
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self._parameters.items())
@@ -86,13 +98,17 @@ class Slot:
         return {k: t[0] if self.site.stack and not leaves[k].shared else t for k, t in self.params(adapter).items()}
 
     def whole(self, adapter: str) -> Params:
-        """The adapter's tensors on this layer as they are stored, a shared one whole."""
-        out = {}
-        for leaf in self.methods[adapter].leaves:
-            holder = self.module._modules.get(self.attr(adapter, leaf))
-            if holder is not None and adapter in holder._parameters:
-                out[leaf] = held(holder, adapter)
-        return out
+        """The values of the adapter's tensors on this layer as they are stored, a shared one whole."""
+        return {leaf: held(holder, adapter) for leaf, holder in self.holders(adapter).items()}
+
+    def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The very parameters, of which a process may hold only a part."""
+        return {leaf: holder._parameters[adapter] for leaf, holder in self.holders(adapter).items()}
+
+    def holders(self, adapter: str) -> dict[str, nn.Module]:
+        """Leaf -> the child that holds it."""
+        there = {leaf: self.module._modules.get(self.attr(adapter, leaf)) for leaf in self.methods[adapter].leaves}
+        return {leaf: holder for leaf, holder in there.items() if holder is not None and adapter in holder._parameters}
 
     def shapes(self, adapter: str) -> dict[str, list[int]]:
         method, site = self.methods[adapter], self.site

@@ -5,6 +5,7 @@ Grouped convolutions: the canonical matrix is (out, in/groups · kernel); the r 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,8 +96,8 @@ class Site:
             return weight().detach().square().sum(-1)
         W = self.store.read()
         now = (W._version, W.data_ptr(), W.dtype)  # `model.to(...)` swaps the data under the same object
-        if self._row_sq is None or self._row_sq[0] is not W or self._row_sq[1] != now:
-            self._row_sq = (W, now, weight().detach().square().sum(-1))
+        if self._row_sq is None or self._row_sq[0]() is not W or self._row_sq[1] != now:
+            self._row_sq = (weakref.ref(W), now, weight().detach().square().sum(-1))
         return self._row_sq[2]
 
     def pack(self, t: Tensor, axes: str) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
+from lorakit.stores.shards import WRITES, scattered, whole
 
 
 class Store(ABC):
@@ -48,13 +49,13 @@ class Store(ABC):
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer of a module; one that accelerate has offloaded, as the value its hook keeps."""
+    """A parameter or buffer of a module, whole: what accelerate has offloaded as its hook keeps it, what FSDP2 spreads gathered."""
     t = module._parameters[name] if name in module._parameters else getattr(module, name, None)
     if isinstance(t, Tensor) and t.device.type == "meta":
         hook = getattr(module, "_hf_hook", None)
         kept = getattr(hook, "weights_map", None)
         return t if kept is None else kept[name].to(hook.execution_device)
-    return t
+    return whole(t)
 
 
 class Dense(Store):
@@ -76,6 +77,8 @@ class Dense(Store):
 
     def write(self, W):
         was = self.take()
+        if scattered(was):
+            raise LorakitError(WRITES)
         if was.device.type == "meta":
             raise LorakitError("this weight is offloaded (or was never loaded), so writing it would be lost at the next call; "
                                "mend: load the model without offload")

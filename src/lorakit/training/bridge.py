@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -21,8 +22,9 @@ from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.formats import folder
 from lorakit.hooks import Hook
+from lorakit.stores.shards import sharded
 
-HOOK_STATE = "lorakit_hooks.pt"
+HOOK_STATE, SCHEDULER = "lorakit_hooks.pt", "scheduler.pt"
 
 
 class HookCallback(TrainerCallback):
@@ -59,6 +61,9 @@ class AdapterTrainerMixin:
         for h in self.hooks:
             h.setup(model)
         super().__init__(*args, **kw)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise LorakitError("FSDP1 flattens an adapter into the tensors of the base around it, out of which it cannot be saved; mend: "
+                               "fsdp_config: {version: 2}")
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         if isinstance(head, host.Host) and "forward" in vars(self.model):
             raise LorakitError("this trainer computes its loss from the output head's weight without calling it, so the adapter on the "
@@ -68,15 +73,19 @@ class AdapterTrainerMixin:
     def _trained(self) -> list[str]:
         """Adapters with something that trains; all of them if none does."""
         model = self.accelerator.unwrap_model(self.model)
-        trains = [a for a in host.state_of(model).specs if any(
-            t.requires_grad for s in host.slots(model, a).values() for t in s.params(a).values())]
-        return trains or list(host.state_of(model).specs)
+        specs = list(host.state_of(model).specs)
+        trains = {a for m in model.modules() if isinstance(m, host.Leaves) for a, p in m._parameters.items() if p.requires_grad}
+        return [a for a in specs if a in trains] or specs
 
     def _folders(self, path: str | Path) -> dict[str, Path]:
         names = self._trained()
         return {names[0]: Path(path)} if len(names) == 1 else {n: Path(path) / n for n in names}
 
     def create_optimizer(self, *args: Any, **kw: Any):
+        away = next((n for n, p in self.model.named_parameters() if p.requires_grad and p.device.type == "meta"), None)
+        if away:
+            raise LorakitError(f"{away} has no values here (offloaded with the block around it?), so training would change nothing; mend: adapt the "
+                               "model after offloading it, and offload it without preload_module_classes")
         if self.optimizer is None and self.hooks:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decay = set(self.get_decay_parameter_names(self.model))
@@ -97,20 +106,41 @@ class AdapterTrainerMixin:
             loss = loss + h.extra_loss(model, outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        return None
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
+        """Writes in one process; where the model is spread over several, all of them gather."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.args.should_save and not sharded(model):
             return
         path = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
         for h in self.hooks:
             h.before_save(model, path)
         for name, where in self._folders(path).items():
             folder.save(model, where, name, form="native", lineage=self.lineage)
+        if not self.args.should_save:
+            return
         if self.hooks:
             torch.save([h.state_dict() for h in self.hooks], path / HOOK_STATE)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(path)
         torch.save(self.args, path / "training_args.bin")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """FSDP's optimiser state alone; Trainer would write the whole base beside it."""
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        sharded(self.model)
+        save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+        return None
 
     def _read(self, path: str | Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
