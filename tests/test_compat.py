@@ -1110,3 +1110,12 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         for block in blocks:
             exec(compile(block, str(PAGE), "exec"), space)
+
+
+def test_sharding_by_accelerate_is_refused_before_the_first_step(monkeypatch):
+    """It would save through peft's own functions, which find nothing: an empty checkpoint."""
+    model = ours.get_peft_model(tiny.llama(), ours.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).train()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LorakitError, match="checkpoints would be empty; mend: lorakit.training.AdapterTrainer"):
+        model(tiny.ids())
+    model.eval()(tiny.ids())

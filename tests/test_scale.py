@@ -18,7 +18,7 @@ import lorakit
 from lorakit import host, spec
 
 NAMES = ["q_proj", "v_proj", "up_proj", "down_proj"]
-FEW, MANY = 48, 96  # blocks
+FEW, MANY = 32, 64  # blocks
 _bench = importlib.util.spec_from_file_location("scale", Path(__file__).resolve().parents[1] / "benchmarks" / "scale.py")
 scale = importlib.util.module_from_spec(_bench)
 _bench.loader.exec_module(scale)
@@ -54,11 +54,11 @@ def saved(m: nn.Module, folder: Path) -> Path:
     return lorakit.save(m, folder / str(id(m)), "a0")
 
 
-@pytest.fixture(autouse=True)
-def warm(tmp_path):
+@pytest.fixture(autouse=True, scope="module")
+def warm(tmp_path_factory):
     """What is done once in a process is done."""
     m = model(2, adapters=2)
-    lorakit.load(m, saved(m, tmp_path), "b")
+    lorakit.load(m, saved(m, tmp_path_factory.mktemp("warm")), "b")
     lorakit.adapt(m, "dora", name="c", r=2)
     lorakit.detach(m)
 

@@ -11,6 +11,7 @@ none of its code runs.
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,9 @@ class PeftModel(*_parents()):
         """The base's forward through the active adapters; `adapter_names` gives one adapter for each row, "__base__" for none."""
         self.base_model.sync()
         self._check_head(bool(kwargs.get("fused_lm_head")))
+        if self.training and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise LorakitError("accelerate saves a sharded PeftModel through functions of the package peft, which see no adapter of ours, so checkpoints "
+                               "would be empty; mend: lorakit.training.AdapterTrainer on model.get_base_model()")
         if self.order:
             args, kwargs = (), kwargs | dict(zip(self.order, args, strict=False))
         if SPECIAL.isdisjoint(kwargs):
