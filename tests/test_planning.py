@@ -1,0 +1,122 @@
+"""What a step costs, told before it and counted on the real one."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as tf
+
+import lorakit
+from lorakit.errors import LorakitError
+from lorakit.planning import memory
+from lorakit.planning.memory import Live, step
+
+SMALL = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+CONFIGS = {
+    "llama": tf.LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, bos_token_id=1, eos_token_id=2),
+    "tied": tf.LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2),
+    "gpt2": tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+    "opt": tf.OPTConfig(**SMALL, word_embed_proj_dim=32, ffn_dim=64, max_position_embeddings=64),
+    "mixtral": tf.MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2),
+}
+CASES = [("llama", "lora", {}), ("llama", "lora", {"r": 32, "target_modules": "attention"}), ("llama", "dora", {}), ("llama", "lora-fa", {}),
+         ("llama", "lora-nonzero", {}), ("llama", "full", {}), ("llama", None, {}), ("tied", "lora", {"target_modules": ["embed_tokens", "q_proj"]}),
+         ("gpt2", "lora", {}), ("gpt2", "dora", {"lora_dropout": 0.1}), ("opt", "lora", {"bias": "all"}), ("opt", "bitfit", {}),
+         ("llama", "lora", {"modules_to_save": ["norm"]}), ("llama", "lora", {"trainable_token_indices": [3, 4]})]
+
+
+def real(kind, adapter, options, checkpointing=False, dtype=torch.float32):
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=dtype).train()
+    if adapter:
+        lorakit.adapt(model, adapter, **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    out = {}
+    for k, c in CONFIGS.items():
+        out[k] = tmp_path_factory.mktemp(k)
+        c.save_pretrained(out[k])
+    return out
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bytes_are_those_of_the_real_step(case, folders):
+    kind, adapter, options = case
+    plan = memory(folders[kind], adapter, batch=3, length=40, **options)
+    model = real(kind, adapter, options)
+    saved, logits, alive = step(model, 3, 40)
+    assert (plan.saved, plan.logits) == (saved, logits)
+    assert plan.trainable == lorakit.trainable(model)[0]
+    assert plan.base + plan.adapter == sum(t.untyped_storage().nbytes() for t in {t.untyped_storage()._cdata: t for t in [
+        *model.parameters(), *model.buffers()]}.values())
+    assert plan.gradients == sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    told = plan.peak - plan.base - plan.adapter - plan.optimizer
+    assert told == pytest.approx(max(alive, 3 * plan.gradients), rel=0.002)
+
+
+def test_checkpointing_and_dtype_change_what_is_saved(folders):
+    plain = memory(folders["llama"], "lora", batch=3, length=40)
+    less = memory(folders["llama"], "lora", batch=3, length=40, gradient_checkpointing=True)
+    half = memory(folders["llama"], "lora", batch=3, length=40, dtype="bfloat16")
+    assert less.saved == step(real("llama", "lora", {}, checkpointing=True), 3, 40)[0] < 0.6 * plain.saved
+    assert half.saved == step(real("llama", "lora", {}, dtype=torch.bfloat16), 3, 40)[0] < plain.saved and half.base < plain.base
+    assert half.adapter == plain.adapter, "adapters never live below float32"
+
+
+def test_no_memory_is_taken(folders):
+    """Planning for a thousand times the batch allocates nothing of that size."""
+    code = f"""
+import resource
+from lorakit.planning import memory
+memory({str(folders['llama'])!r}, "lora", batch=1, length=8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+big = memory({str(folders['llama'])!r}, "lora", batch=20000, length=512)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert big.peak > 50 * 2**30, big.peak
+assert (after - before) * 1024 < 2**28, (before, after)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_live_counts_what_is_alive():
+    with Live(torch.nn.Linear(1, 1)) as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100) + 1
+        assert live.now == 8000
+        del a
+        gc.collect()
+        assert live.now == 4000
+        del b
+    assert live.peak == 8000 and live.now == 0
+
+
+def test_the_command_line_says_what_fits(folders):
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "lorakit", "plan", str(folders["llama"]), "--batch", "3", "--length", "40", *words],
+                              capture_output=True, text=True)
+
+    told = json.loads(run("--methods", "lora,none", "--memory", "2MB", "--json").stdout)
+    plan = memory(folders["llama"], "lora", batch=3, length=40)
+    assert told["lora"] == plan.to_dict() | {"fits": plan.peak <= 2_000_000} and set(told) == {"lora", "none"}
+    assert "peak" in run().stdout
+    for words, says in ((["--methods", "lroa"], "did you mean `lora`"), (["--memory", "much"], "not a size"), (["--set", "r"], "KEY=VALUE"),
+                        (["--optimizer", "adma"], "did you mean `adamw`"), (["--batch", "0"], "at least 1")):
+        done = run(*words)
+        assert done.returncode == 1 and says in done.stderr, (words, done.stderr)
+
+
+def test_what_cannot_be_planned_says_so(folders, tmp_path):
+    with pytest.raises(LorakitError, match="there is no config.json"):
+        memory(tmp_path, "lora")
+    with pytest.raises(LorakitError, match="a step of the task `seq2seq` is not known"):
+        memory(folders["llama"], "lora", task="seq2seq")
