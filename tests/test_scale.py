@@ -39,7 +39,6 @@ def calls(run: Callable[[], object]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
-    gc.collect()
     gc.disable()
     sys.setprofile(see)
     try:
