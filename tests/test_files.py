@@ -548,3 +548,13 @@ def test_the_fingerprint_follows_an_edit_of_the_base_through_data(tmp_path):
     model[0].weight.data.add_(1.0)
     b = json.loads((lorakit.save(model, tmp_path / "b") / RECEIPT).read_text())["base"]["digest"]
     assert a != b
+
+
+def test_a_trained_start_out_of_the_base_is_saved(tmp_path):
+    """What the receipt says of the update is over the untouched base, as a reader will find it."""
+    model = lorakit.adapt(tiny.llama(), r=2, target_modules=["q_proj", "down_proj"], init={"name": "nonzero", "storage": "base"})
+    fill(model, 0.2)
+    y = tiny.logits(model)
+    lorakit.save(model, tmp_path)
+    again = lorakit.load(tiny.llama(), tmp_path)
+    assert float((tiny.logits(again) - y).abs().max()) < 1e-5 and lorakit.verify(tmp_path, tiny.llama()).ok

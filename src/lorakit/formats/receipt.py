@@ -111,10 +111,10 @@ def modules_table(model: nn.Module, name: str) -> dict[str, dict[str, Any]]:
     for path, slot in slots(model, name).items():
         method, p = slot.methods[name], slot.params(name)
         base = slot.map({})
-        two = each(slot.site, method, method.two, p) if method.two(slot.first(name)) is not None else None
+        begun = slot.absorbed is not None and slot.absorbed.adapter == name  # its start left the base, so its product alone is not the update
+        two = None if begun or method.two(slot.first(name)) is None else each(slot.site, method, method.two, p)
         if two is None:
-            W = base.weight()
-            delta = float((each(slot.site, method, method.weight, p, W) - W).double().norm())
+            delta = float((slot.map({name: 1.0}).weight() - base.weight()).double().norm())
         else:
             B, A = (t.double() for t in two)
             delta = float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())

@@ -25,7 +25,7 @@ def require_grad(model: nn.Module, on: Mapping[str, bool]) -> None:
     for slot in host.slots(model).values():
         for name in on.keys() & slot.methods.keys():
             leaves = slot.methods[name].leaves
-            for leaf, t in slot.whole(name).items():
+            for leaf, t in slot.parameters(name).items():
                 t.requires_grad_(on[name] and leaves[leaf].trains and leaf not in specs[name].freeze)
 
 
@@ -276,7 +276,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     active = tuner._active() if tuner is not None else state.active
     out = []
     for path, slot in host.slots(base).items():
-        p = {a: list(slot.whole(a).values()) for a in slot.methods}
+        p = {a: list(slot.parameters(a).values()) for a in slot.methods}
         out.append(TunerLayerStatus(
             f"model.{path}" if tuner is not None else path, getattr(type(slot.site.module), "own_class", type(slot.site.module)).__name__,
             tuner is None or tuner._aside is None, list(active), list(state.merged or ()), {a: _all([t.requires_grad for t in ts]) for a, ts in p.items()},
