@@ -11,7 +11,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class Lines(TrainerCallback):
         self.say(f"step {state.global_step}/{state.max_steps}  {time.perf_counter() - self.start:.0f} s  {what}")
 
 
-def train(run: Run, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
+def train(run: Run, *, resume: bool = False, say: Say = print, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Runs it all and returns what `run.json` holds. LorakitError, with nothing lost, when something is wrong."""
     out = Path(run.output)
     if (out / "run.json").exists() and not resume:
@@ -142,7 +142,8 @@ def train(run: Run, *, resume: bool = False, say: Say = print) -> dict[str, Any]
     trainer = _trainer(p, model, hooks)
     trainer.measure = partial(evaluate, model, p)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Lines(say))
+    for callback in (Lines(say), *callbacks):
+        trainer.add_callback(callback)
     checkpoint = resume and _last(out)
     if resume and not checkpoint:
         say(f"{out} holds no whole checkpoint yet: starting from the beginning")

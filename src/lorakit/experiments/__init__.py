@@ -1,0 +1,1 @@
+"""Experiments: several configurations on one base and one task, several seeds each, compared fairly."""
