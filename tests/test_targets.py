@@ -106,6 +106,7 @@ def test_exclude():
     ({"targets": ["q_proj"], "layers": "0-x"}, "layers: '0-x' is not a list of numbers and ranges like 0-3,7"),
     ({"targets": ["lm_head"], "layers": [0]}, "no target in layer 0"),
     ({"targets": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern: no target matches `k_proj`; did you mean `q_proj`"),
+    ({"targets": ["q_proj"], "rank_pattern": {"[qk]_pro": 2}}, r"rank_pattern: no target matches `\[qk\]_pro`"),
     ({"targets": ["q_proj"], "alpha_pattern": {"q_prj": 2}}, "alpha_pattern: no target matches `q_prj`; did you mean `q_proj`"),
     ({"targets": ["q_proj"], "rank_pattern": {"q_proj[": 2}}, "rank_pattern: a key is not a regular expression"),
     ({"targets": ["q_proj"], "modules_to_save": ["lm_haed"]}, "no module is called `lm_haed`; did you mean `lm_head`"),
