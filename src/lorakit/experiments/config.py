@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lorakit.errors import LorakitError, near
@@ -226,14 +225,4 @@ def _word(key: str, value: Any) -> str:
 
 def read(path: str | Path) -> Compare:
     """A comparison from a YAML file."""
-    file = Path(path)
-    if not file.is_file():
-        beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        raise LorakitError(f"there is no configuration file {file}{near(file.name, beside, listing=False) if beside else ''}")
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
-        raise LorakitError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(raw, dict):
-        raise LorakitError(f"{file} should hold `key: value` lines, not {type(raw).__name__}")
-    return parse(raw, str(file))
+    return parse(c.read_yaml(path), str(path))

@@ -174,22 +174,24 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> Run:
     return run
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. LorakitError when it is not there, not YAML, or holds something else."""
+    file = Path(path)
+    if not file.is_file():
+        beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise LorakitError(f"there is no configuration file {file}{near(file.name, beside, listing=False) if beside else ''}")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise LorakitError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise LorakitError(f"{file} should hold `key: value` lines, not {type(raw).__name__}")
+    return raw
+
+
 def read(path: str | Path | None, sets: Sequence[str] = ()) -> Run:
     """A configuration from a YAML file and `key=value` words (values are YAML: 1e-4, true, [q_proj, v_proj])."""
-    raw: dict[str, Any] = {}
-    if path is not None:
-        file = Path(path)
-        if not file.is_file():
-            beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-            raise LorakitError(f"there is no configuration file {file}{near(file.name, beside, listing=False) if beside else ''}")
-        try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as e:
-            raise LorakitError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from None
-        if not isinstance(loaded, dict):
-            raise LorakitError(f"{file} should hold `key: value` lines, not {type(loaded).__name__}")
-        raw = loaded
-    raw = _grouped(raw)
+    raw = _grouped({} if path is None else read_yaml(path))
     for word in sets:
         key, eq, value = word.partition("=")
         if not eq:
