@@ -72,6 +72,14 @@ def test_checkpointing_and_dtype_change_what_is_saved(folders):
     assert half.adapter == plain.adapter, "adapters never live below float32"
 
 
+def test_a_classifier_and_another_optimiser(folders):
+    one = memory(folders["llama"], "lora", task="sequence-classification", batch=3, length=40)
+    assert one.logits == 3 * 2 * 4 and one.saved > 0, "two classes for each of three sequences"
+    plain, sgd = (memory(folders["llama"], "lora", batch=3, length=40, optimizer=o) for o in ("adamw", "sgd"))
+    assert plain.optimizer == 2 * plain.gradients and sgd.optimizer == 0 and plain.saved == sgd.saved
+    assert plain.peak - sgd.peak == plain.optimizer
+
+
 def test_no_memory_is_taken(folders):
     """Planning for a thousand times the batch allocates nothing of that size."""
     code = f"""

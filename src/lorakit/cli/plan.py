@@ -5,8 +5,8 @@
     lorakit plan runs/base --set r=32 --set target_modules=attention --json
 
 `none` is the base with everything training. `saved` is what the forward pass keeps for the backward pass; `peak` is the most that is
-alive at once, weights, gradients and the optimiser's state included. Both are exact for what torch allocates. Beside it stand Python and
-its libraries, and what the allocator keeps for later: on a CPU the process may show half as much again.
+alive at once, weights, gradients and the optimiser's state included. Both count tensors: beside them stand Python and its libraries, and
+what the allocator keeps for later, so a process on a CPU shows more.
 """
 
 from __future__ import annotations

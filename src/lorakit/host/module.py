@@ -100,7 +100,7 @@ def host(modules: Mapping[str, nn.Module], state: State, path: str) -> Slot:
     """Makes the module at a target's place a host, or returns the slot the target already has."""
     at = place(modules, path)
     if at is None:
-        raise LorakitError(f"the model has no module or parameter `{path}`{near(path, modules)}")
+        raise LorakitError(f"the model has no module or parameter `{path}`{near(path, [n for n in modules if n])}")
     module, mixin = modules[at.owner], Reader if at.key else Layer
     if isinstance(module, Host) and module.mixin is not mixin:
         raise LorakitError(f"{path}: another adapter is on {'the layer itself' if at.key else 'a parameter of this layer'}; mend: target the same of the two")

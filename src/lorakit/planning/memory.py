@@ -129,6 +129,8 @@ def memory(base: str | Path, adapter: str | Any = "lora", *, task: str = "causal
         config = transformers.AutoConfig.from_pretrained(where(base))
     except (OSError, ValueError) as e:
         raise LorakitError(f"could not read the configuration of {base}: {str(e).splitlines()[0]}") from e
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = 0  # a classifier of a batch asks for one; the bytes do not depend on which
     kind = dtype_of(dtype)
     kind = (config.dtype or torch.float32) if kind == "auto" else kind
     with FakeTensorMode(), warnings.catch_warnings():
