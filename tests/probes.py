@@ -17,8 +17,8 @@ class SharedBasis(LowRank):
     r: int = 6
     d_start: float = 0.1
 
-    A = Leaf("r i", kaiming, trains=False, shared=True)
-    B = Leaf("o r", kaiming, trains=False, shared=True)
+    A = Leaf("r i", kaiming, trains=False, shared="model")
+    B = Leaf("o r", kaiming, trains=False, shared="model")
     d = Leaf("r", constant("d_start"))
     b = Leaf("o", zeros)
 
@@ -30,8 +30,8 @@ class SharedBasis(LowRank):
 class SharedTrained(LowRank):
     r: int = 6
 
-    A = Leaf("r i", kaiming, shared=True)
-    B = Leaf("o r", kaiming, shared=True)
+    A = Leaf("r i", kaiming, shared="model")
+    B = Leaf("o r", kaiming, shared="model")
     M = Leaf("r r", zeros)
 
     def factors(self, p):

@@ -35,6 +35,7 @@ from lorakit.hooks import LoRAPlus
 from lorakit.training import AdapterTrainer
 
 METHODS = {"lora": ("lora", {"r": 3}), "dora": ("dora", {"r": 3}), "saved": ("lora", {"r": 1, "modules_to_save": ["lm_head"]}), "full": ("full", {})}
+SHARED = {"vblora": ("vb-lora", {"vector_length": 8, "num_vectors": 6}), "lotr": ("lotr", {"r": 3}), "tied": ("tied-lora", {"r": 3})}  # one leaf, many layers
 SOME, MORE = range(3), range(3, 6)  # steps before the save and after it
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo in this torch")
 
@@ -72,7 +73,7 @@ def first() -> bool:
 
 
 def adapted(method: str, **kw) -> nn.Module:
-    recipe, options = METHODS[method]
+    recipe, options = (METHODS | SHARED)[method]
     return lorakit.adapt(tiny.llama(), recipe, **{**options, **kw})
 
 
@@ -130,7 +131,7 @@ def alone(method: str) -> dict[str, Tensor]:
 
 def _ddp(folder: Path) -> dict:
     out = {}
-    for method in METHODS:
+    for method in METHODS | SHARED:
         model = DistributedDataParallel(adapted(method))
         optimizer = adamw(model)
         train(model, optimizer, SOME)
@@ -144,7 +145,7 @@ def _ddp(folder: Path) -> dict:
 
 def _ddp_again(folder: Path) -> dict:
     out = {}
-    for method in METHODS:
+    for method in METHODS | SHARED:
         model = DistributedDataParallel(lorakit.load(tiny.llama(), folder / method, trainable=True))
         optimizer = adamw(model)
         optimizer.load_state_dict(torch.load(folder / f"{method}.pt"))
@@ -156,7 +157,7 @@ def _ddp_again(folder: Path) -> dict:
 def test_ddp_trains_saves_and_goes_on(tmp_path):
     one, other = together(_ddp, tmp_path)
     resumed, _ = together(_ddp_again, tmp_path)
-    for method in METHODS:
+    for method in METHODS | SHARED:
         assert gap(one[method], other[method]) == 0.0, "the processes have drifted apart"
         assert gap(one[method], alone(method)) <= 1e-6
         assert gap(one[method], resumed[method]) == 0.0, "resumed in two processes"

@@ -15,6 +15,7 @@ from lorakit.api import (
     detach,
     disabled,
     freeze,
+    given,
     load,
     merge,
     merged,
@@ -28,5 +29,5 @@ from lorakit.errors import LorakitError
 from lorakit.proof import verify
 
 __version__ = "0.1.0"
-__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "delete", "detach", "disabled", "freeze", "load", "merge", "merged",
+__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "delete", "detach", "disabled", "freeze", "given", "load", "merge", "merged",
            "rows", "save", "save_merged", "trainable", "unmerge", "verify"]

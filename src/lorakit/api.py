@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorakit import host
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, near
 from lorakit.formats import folder
 from lorakit.formats.files import new_folder
 from lorakit.method import Method
@@ -115,6 +115,21 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
             model.generate = generate
         else:
             vars(model).pop("generate", None)
+
+
+@contextmanager
+def given(model: nn.Module, **values: torch.Tensor) -> Iterator[nn.Module]:
+    """Inside a `with` block: what methods ask of a batch beside its input, one value for each row: task_ids (b,) for Poly."""
+    state = host.state_of(model)
+    known = {name for slot in host.slots(model).values() for m in slot.methods.values() for name in m.asks}
+    for name in values:
+        if name not in known:
+            raise LorakitError(f"no adapter on this model asks for `{name}`{near(name, known)}")
+    keep, state.given = state.given, {k: torch.as_tensor(v) for k, v in values.items()}
+    try:
+        yield model
+    finally:
+        state.given = keep
 
 
 def freeze(model: nn.Module, name: str) -> nn.Module:

@@ -135,6 +135,21 @@ class Sum(Map):
 
 
 @dataclass(frozen=True)
+class After:
+    """Serial adapters behind a layer: y + sum of what each adds to it; chained, each gets what the one before it made."""
+
+    call: Callable[[Tensor], Tensor]
+    maps: Sequence[Applied]
+    chained: bool = False
+
+    def __call__(self, x):
+        y = begun = self.call(x)
+        for m in self.maps:
+            y = y + m.method.after(m.p, y if self.chained else begun, m.site, m.drop) * m.gain
+        return y
+
+
+@dataclass(frozen=True)
 class Affine:
     """A map and the bias that is added after it; not a linear map any more, so it is only called."""
 

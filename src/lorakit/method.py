@@ -79,16 +79,19 @@ class Leaf:
     key: its name in files, and (up to a final `.weight`) in `named_parameters()`; default `<method>_<leaf>`.
     lookup: (key, start) instead, on a layer that looks rows up (an embedding).
     biased: exists only where the layer has a bias.
-    shared: one tensor for the whole model; each site sees the corner of it that fits.
+    shared: one tensor for many targets, each of which sees the corner of it that fits: "model" for all of them, "shape"
+        for those of equal (o, i), "name" for those of equal (o, i) and last name (all q_proj).
+    derived: computed from the base by `Method.derive`, never written to a file.
     """
 
     axes: str
     start: Start
     trains: bool = True
-    shared: bool = False
+    shared: str = ""
     key: str = ""
     lookup: tuple[str, Start] | None = None
     biased: bool = False
+    derived: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,11 @@ class Method(ABC):
     reads_base: ClassVar[bool] = False  # delta depends on W, so no part of it can be taken out of W beforehand
     replaces: ClassVar[bool] = False  # the result does not depend on the base's weight and bias at all
     follows: ClassVar[bool] = False  # a weight that is tied to the target's follows unasked
+    mergeable: ClassVar[str] = "exact"  # "no": the result depends on the input, so that no one weight stands for it
+    plain_in_files: ClassVar[bool] = False  # a saved adapter is better off as the plain LoRA that it amounts to
+    last: ClassVar[bool] = False  # acts on the layer's finished output, bias included (a serial adapter)
+    asks: ClassVar[tuple[str, ...]] = ()  # what it reads of the batch beside the input: names of `lorakit.given`
+    shared_seed: int | None = None  # a seed of its own for the tensors that are shared; None: the adapter's
 
     @abstractmethod
     def weight(self, p: Params, W: Tensor) -> Tensor:  # (o, i) -> (o, i), the definition
@@ -184,6 +192,9 @@ class Method(ABC):
     def settle(self, p: Params, W: Thunk) -> None:
         """Sets leaves that depend on where the others started (DoRA's magnitude); called once, last."""
 
+    def derive(self, p: Params, W: Thunk) -> None:
+        """Sets the derived leaves from the base; called before `settle`, and again wherever the adapter is loaded."""
+
     def from_file(self, shapes: dict[str, tuple[int, ...]]) -> Method:
         """This method with the fields that a file's tensor shapes (canonical layout) decide."""
         return self
@@ -200,6 +211,11 @@ class Method(ABC):
     @property
     def leaves(self) -> dict[str, Leaf]:
         return self.own
+
+    @property
+    def laws(self) -> tuple[str, ...]:
+        """The card's laws that hold for these very fields."""
+        return self.card.laws
 
     @property
     def core(self) -> Method:
@@ -223,11 +239,13 @@ class Method(ABC):
         d = self.dims(o, i)
         return {k: [d[a] for a in leaf.axes.split()] for k, leaf in self.leaves.items() if bias or not leaf.biased}
 
-    def start(self, o: int, i: int, origin: Origin, gen: torch.Generator) -> Params:
-        """Every leaf at its own start, on the CPU in float32."""
-        out = {}
+    def start(self, o: int, i: int, origin: Origin, gen: torch.Generator, given: Params | None = None) -> Params:
+        """Every leaf at its own start, on the CPU in float32; given: those that have begun already, shared with other targets."""
+        out = dict(given or {})
         for k, shape in self.shapes(o, i, origin.bias is not None).items():
             leaf = self.leaves[k]
+            if k in out:
+                continue
             begin = leaf.lookup[1] if origin.lookup and leaf.lookup else leaf.start
             out[k] = begin(shape, self.owner(k), origin, gen)
         return out
@@ -315,6 +333,43 @@ class LowRank(Additive):
         return site.chain(drop(x), *(F.to(dtype) for F in self.factors(p)))
 
 
+class Dynamic(Method):
+    """A method whose effect depends on the input (a router, a non-linearity): it adds something, and no one weight stands for it."""
+
+    adds = True
+    mergeable = "no"
+
+    def weight(self, p, W):
+        raise LorakitError(f"{self.name} depends on its input, so no one weight stands for it: it cannot be merged or exported; "
+                           "mend: keep it as an adapter")
+
+    def act(self, p, x, f, site, drop):
+        return f(x) + self.update(p, x, f, site, drop)
+
+    @abstractmethod
+    def update(self, p, x, f, site, drop): ...
+
+    @abstractmethod
+    def size(self, p: Params) -> Tensor:
+        """A number that is zero where the method does nothing, and else tells how much it may do."""
+        ...
+
+    def unfit(self, site):
+        return f"{self.name} acts on a layer's input, and this parameter is read, not called" if site.read else None
+
+
+class Serial(Dynamic):
+    """An adapter behind the layer: y + after(p, y), y the layer's output with its bias."""
+
+    last = True
+
+    @abstractmethod
+    def after(self, p: Params, y: Tensor, site, drop) -> Tensor: ...
+
+    def update(self, p, x, f, site, drop):
+        return self.after(p, f(x), site, drop)
+
+
 class Wrapper(Method):
     """A method around a method (`inner: Method` is its first field): it answers for the leaves of both."""
 
@@ -335,17 +390,42 @@ class Wrapper(Method):
     def key(self, leaf, lookup=False):
         return (self.own[leaf].key or f"{self.name}_{leaf}") if leaf in self.own else self.inner.key(leaf, lookup)
 
+    @property
+    def mergeable(self):
+        return self.inner.mergeable
+
+    @property
+    def last(self):
+        return self.inner.last
+
+    @property
+    def asks(self):
+        return self.inner.asks
+
+    @property
+    def shared_seed(self):
+        return self.inner.shared_seed
+
     def unfit(self, site):
         return self.inner.unfit(site)
 
     def settle(self, p, W):
         self.inner.settle(p, W)
 
+    def derive(self, p, W):
+        self.inner.derive(p, W)
+
     def from_file(self, shapes):
         return dataclasses.replace(self, inner=self.inner.from_file(shapes))
 
     def bias(self, p, b):
         return self.inner.bias(p, b)
+
+    def after(self, p, y, site, drop):
+        return self.inner.after(p, y, site, drop)
+
+    def size(self, p):
+        return self.inner.size(p)
 
     def over_core(self, wrap):
         return dataclasses.replace(self, inner=self.inner.over_core(wrap))

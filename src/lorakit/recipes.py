@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit import methods  # noqa: F401
@@ -12,9 +12,16 @@ from lorakit.errors import LorakitError, near
 from lorakit.inits import INITS
 from lorakit.method import Method
 from lorakit.methods.bitfit import BitFit
+from lorakit.methods.bottleneck import Bottleneck
 from lorakit.methods.full import Full
+from lorakit.methods.hydralora import HydraLoRA
 from lorakit.methods.lora import LoRA
+from lorakit.methods.lotr import LoTR
 from lorakit.methods.magnitude import Magnitude
+from lorakit.methods.poly import Poly
+from lorakit.methods.tied_lora import TiedLoRA
+from lorakit.methods.vblora import VBLoRA
+from lorakit.methods.vera import VeRA
 from lorakit.spec import Spec
 
 
@@ -27,6 +34,7 @@ class Recipe:
     init: str | None = None
     freeze: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)  # other fields of the Spec, where the recipe has a say
 
 
 RECIPES: dict[str, Recipe] = {
@@ -36,6 +44,17 @@ RECIPES: dict[str, Recipe] = {
     "lora-fa": Recipe(LoRA(), "LoRA-FA", "2308.03303", "W + s B A, A frozen", freeze=("A",), aliases=("lorafa",)),
     "asymmetric-lora": Recipe(LoRA(), "Asymmetric LoRA", "2402.16842", "W + s B A, A frozen with A Aᵀ = I", "orthogonal", ("A",), ("lorasym",)),
     "lora-nonzero": Recipe(LoRA(), "LoRA from a non-zero start", "2505.23194", "W - s B0 A0 + s B A", "nonzero", aliases=("nzlora",)),
+    "vera": Recipe(VeRA(), "VeRA", "2310.11454", "W + diag(b) B diag(d) A, A and B frozen and shared"),
+    "dvora": Recipe(Magnitude(VeRA()), "DVoRA", "2402.09353", "diag(m / |V|) V, V = W + diag(b) B diag(d) A"),
+    "lotr": Recipe(LoTR(), "LoTR", "2402.01376", "W + (scale/r) B G A, A and B shared"),
+    "tied-lora": Recipe(TiedLoRA(), "Tied-LoRA", "2311.09578", "W + s diag(v) B diag(u) A, A and B shared", aliases=("tiedlora",)),
+    "vb-lora": Recipe(VBLoRA(), "VB-LoRA", "2405.15179", "W + B A, pieces of A and B mixed from one bank", aliases=("vblora",)),
+    "hydralora": Recipe(HydraLoRA(), "HydraLoRA", "2404.19245", "W x + s sum_k softmax(G x)_k B_k A x", aliases=("hydra-lora",)),
+    "poly": Recipe(Poly(), "Poly", "2202.13914", "W + (A_t B_t)ᵀ / r, mixtures of skills for task t", aliases=("polytropon",)),
+    "mhr": Recipe(Poly(n_splits=4), "Poly with multi-head routing", "2211.03831", "W + (A_t B_t)ᵀ / r, skills mixed in each split"),
+    "houlsby": Recipe(Bottleneck(), "Houlsby adapters", "1902.00751", "y + U act(D y), behind attention and feed-forward parts",
+                      options={"targets": "block-outputs"}),
+    "pfeiffer": Recipe(Bottleneck(), "Pfeiffer adapters", "2005.00247", "y + U act(D y), behind feed-forward parts", options={"targets": "mlp-out"}),
     "full": Recipe(Full(), "full fine-tuning of the targets", "", "V", aliases=("full-fine-tuning",)),
     "bitfit": Recipe(BitFit(), "BitFit", "2106.10199", "W; b -> c"),
 }
@@ -70,7 +89,7 @@ def compose(recipe: str | Spec | Method = "lora", **options: Any) -> Spec:
     else:
         name = find(recipe)
         row = RECIPES[name]
-        spec = Spec(row.method, init=row.init, freeze=row.freeze, recipe=name)
+        spec = Spec(row.method, init=row.init, freeze=row.freeze, recipe=name, **row.options)
     options = {ALIASES.get(k, k): v for k, v in options.items() if v is not None}
     if options.get("parameters"):
         options.setdefault("targets", ())  # what was named is what is meant

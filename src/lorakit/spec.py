@@ -64,9 +64,8 @@ class Spec:
                 raise LorakitError(f"freeze: {self.method.name} has no leaf `{leaf}`{near(leaf, self.method.leaves)}")
         if self.init is not None and self.init not in INITS:
             raise LorakitError(f"init: unknown start `{self.init}`{near(self.init, INITS)}")
-        for leaf in INITS[self.init].needs if self.init else ():
-            if leaf not in self.method.core.own:
-                raise LorakitError(f"init {self.init} sets the leaf {leaf}, which {self.method.core.name} does not have")
+        if self.init and (why := INITS[self.init].unfit(self.method)):
+            raise LorakitError(why)
 
     def plan(self, model: nn.Module) -> dict[str, Method]:
         """Path -> method for this model. Raises LorakitError on names and patterns that match nothing."""
@@ -206,7 +205,7 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
     absorb = False
     if init and init.nonzero and not empty:
         absorb = spec.storage == "base"
-        starts = {p for p, m in plan.items() if all(leaf in m.core.own for leaf in init.needs)}
+        starts = {p for p, m in plan.items() if init.unfit(m) is None}
         offset = {p: m.over_core(Offset) if p in starts and spec.storage != "none" else m for p, m in plan.items()}  # refuses what cannot be
         plan = plan if absorb else offset
     plan, ties = spec.tied(model, plan)
@@ -214,7 +213,7 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
         raise LorakitError(f"a start taken out of the base would part {next(iter(ties))} from the weight it is tied to; mend: storage: offset")
 
     def start(core, p, origin, gen):
-        if all(leaf in p for leaf in init.needs):
+        if init.unfit(core) is None:
             init(core, p, origin, gen)
 
     state = host.attach(model, name, plan, spec, dropout=spec.dropout, freeze=spec.freeze, start=start if init else None,

@@ -2,6 +2,7 @@
 
     "all-linear"          every linear layer except the output head (the default)
     "attention", "mlp"    linear layers inside, or beside, attention blocks; told by the names of modules and classes
+    "attention-out", "mlp-out", "block-outputs"   the last linear layer of each block's attention, of its feed-forward part, both
     ["q_proj", "v_proj"]  modules whose path ends with one of the names ("q_proj,v_proj" is the same); an nn.MultiheadAttention
                           stands for its in-projection and its out-projection
     r".*\\.layers\\.[01]\\..*_proj"   a regular expression for the whole path
@@ -21,7 +22,9 @@ from lorakit.errors import LorakitError, near
 from lorakit.host import walk
 from lorakit.sites import adaptable, fused, linear_like, plain, reads
 
-KEYWORDS = ("all-linear", "attention", "mlp")
+OUTPUTS = {"attention-out": (True,), "mlp-out": (False,), "block-outputs": (True, False)}  # word -> in attention or not
+KEYWORDS = ("all-linear", "attention", "mlp", *OUTPUTS)
+_OUT = re.compile(r"(?:^|\.)(?:o|o_proj|out_proj|c_proj|down_proj|fc2|wo|w2|lin2|out_lin|dense_4h_to_h|(?:output|attention|self_attention)\.dense)$")
 _ATTENTION = re.compile(r"attn|attention", re.I)
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
@@ -52,7 +55,13 @@ def _keyword(model: nn.Module, word: str, every: dict[str, nn.Module]) -> list[s
         return linear
     inside = {n: any(_ATTENTION.search(part) for part in n.split(".")) or _in_attention_class(n, every) for n in linear}
     numbered = [n for n in linear if _NUMBER.search(n)]  # inside a repeated block; poolers and projections are neither
-    return [n for n in numbered if inside[n] == (word == "attention")]
+    if word not in OUTPUTS:
+        return [n for n in numbered if inside[n] == (word == "attention")]
+    out = [n for n in numbered if _OUT.search(n) and inside[n] in OUTPUTS[word]]
+    if not out:
+        raise LorakitError(f"target_modules: `{word}` knows the last layers of blocks by common names, and none of {', '.join(linear[:6])} … is one; "
+                           "mend: name them")
+    return out
 
 
 def _in_attention_class(path: str, every: dict[str, nn.Module]) -> bool:

@@ -111,7 +111,7 @@ class Export:
             if name in slot.tied:
                 continue
             method, p = _with_start(slot, name)
-            if form == "lora" or (form == "auto" and method.to_peft() is None):
+            if form == "lora" or (form == "auto" and method.plain_in_files):
                 method, p = self._lora(slot, method, p, must=form == "lora")
             self.methods[path], params[path] = method, p
         files = peft.file_paths(dict(model.named_modules()), self.methods)
@@ -120,6 +120,8 @@ class Export:
         for path, method in self.methods.items():
             slot = slots[path]
             for leaf, t in params[path].items():
+                if leaf not in method.leaves or method.leaves[leaf].derived:  # what a batch brings, what the base gives
+                    continue
                 if shared := method.leaves[leaf].shared:
                     t = slot.whole(name)[leaf]
                 key = peft.leaf_key(path, slot, method, leaf, {} if self.own else files)
@@ -132,7 +134,7 @@ class Export:
         two = None if method.replaces or method.bias(p, slot.site.bias) is not slot.site.bias else _two(slot, method, p)
         if two is None:
             if must and not method.replaces:
-                raise LorakitError(f"{slot.path}: {method.name} is not exactly a plain LoRA; mend: form='native', or merge it")
+                raise LorakitError(f"{slot.path}: {method.core.name} is not exactly a plain LoRA; mend: form='native', or merge it")
             return method, p
         r = two[1].shape[-2]
         self.converted.append(slot.path)

@@ -50,7 +50,7 @@ def expected(slots: Mapping[str, Slot], name: str, files: Mapping[str, str]) -> 
     for path, slot in slots.items():
         if name in slot.tied:
             continue
-        for leaf in slot.shapes(name):
+        for leaf in slot.saved(name):
             out[leaf_key(path, slot, slot.methods[name], leaf, files)] = (slot, leaf)
     return out
 
@@ -59,7 +59,8 @@ def leaf_key(path: str, slot: Slot, method: Method, leaf: str, files: Mapping[st
     """The file's name of one leaf; a parameter that is replaced whole goes by its own name."""
     key = method.key(leaf, slot.site.lookup)
     if method.leaves[leaf].shared:
-        return f"base_model.{key}"
+        group = slot.group_of(method, leaf)
+        return f"base_model.{key}.{group}" if group else f"base_model.{key}"
     if method.replaces and slot.raw and key == "modules_to_save.weight":
         return f"{PREFIX}{path}"
     return f"{PREFIX}{files.get(path, path)}.{key.removeprefix('modules_to_save.')}"

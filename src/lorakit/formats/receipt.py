@@ -111,9 +111,12 @@ def modules_table(model: nn.Module, name: str) -> dict[str, dict[str, Any]]:
     for path, slot in slots(model, name).items():
         method, p = slot.methods[name], slot.params(name)
         base = slot.map({})
+        matrix = method.mergeable != "no"
         begun = slot.absorbed is not None and slot.absorbed.adapter == name  # its start left the base, so its product alone is not the update
-        two = None if begun or method.two(slot.first(name)) is None else each(slot.site, method, method.two, p)
-        if two is None:
+        two = None if begun or not matrix or method.two(slot.first(name)) is None else each(slot.site, method, method.two, p)
+        if not matrix:
+            delta = float(method.size(p))
+        elif two is None:
             delta = float((slot.map({name: 1.0}).weight() - base.weight()).double().norm())
         else:
             B, A = (t.double() for t in two)

@@ -16,7 +16,7 @@ from lorakit.host.module import find_state, host, host_class, known, slots, stat
 from lorakit.host.slot import Absorbed, Slot, State
 from lorakit.maps import Base, each
 from lorakit.method import Method, Origin, Params
-from lorakit.sites import Site, place, site_at
+from lorakit.sites import Site, place
 from lorakit.stores.shards import GROWS, scattered
 
 
@@ -61,12 +61,14 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
         state.required_grad = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
     done: dict[str, Slot] = {}
     try:
-        bank = _bank(modules, plan, seed, freeze)
         for path, method in sorted(plan.items(), key=lambda kv: kv[0] in ties):
             slot = done[path] = host(modules, state, path)
             slot.methods[name], slot.dropout[name] = method, dropout
             if why := method.unfit(slot.site):
                 raise LorakitError(f"{path}: {why}")
+        bank = _bank(done, name, seed, freeze)
+        for path, slot in done.items():
+            method = slot.methods[name]
             if path in ties:
                 _tie(slot, name, done[ties[path]])
             else:
@@ -81,21 +83,28 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
     return state
 
 
-def _bank(modules, plan: Mapping[str, Method], seed: int, freeze: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Leaves that the whole model shares: each one Parameter, at the largest size any target needs."""
-    shared: dict[str, tuple[Method, list[int]]] = {}
+Bank = Mapping[tuple[str, str], nn.Parameter]  # (leaf, group of targets) -> the one tensor they share
+
+
+def _bank(slots: Mapping[str, Slot], name: str, seed: int, freeze: tuple[str, ...]) -> Bank:
+    """Leaves that several targets share: each one Parameter, at the largest size any of them needs."""
+    shared: dict[tuple[str, str], tuple[Method, list[int]]] = {}
     keep, device = torch.float32, None
-    for path, method in plan.items():
-        if not any(leaf.shared for leaf in method.leaves.values()):
-            continue
-        site = site_at(modules, path)
-        keep, device = torch.promote_types(keep, site.dtype), device or _device(site)
-        for k, s in method.shapes(site.out, site.in_).items():
+    for slot in slots.values():
+        method = slot.methods[name]
+        for k, s in slot.shapes(name).items():
             if method.leaves[k].shared:
-                shared[k] = (method, [max(a, b) for a, b in zip(s, shared.get(k, (method, s))[1], strict=True)])
-    gen = torch.Generator().manual_seed(seed)
-    return {k: nn.Parameter(m.leaves[k].start(s, m.owner(k), Origin(None), gen).to(device, keep), m.leaves[k].trains and k not in freeze)
-            for k, (m, s) in shared.items()}
+                keep, device = torch.promote_types(keep, slot.site.dtype), device or _device(slot.site)
+                at = k, slot.group(name, k)
+                shared[at] = (method, [max(a, b) for a, b in zip(s, shared.get(at, (method, s))[1], strict=True)])
+    gens: dict[int, torch.Generator] = {}
+    out = {}
+    for (k, group), (m, s) in shared.items():
+        number = seed if m.shared_seed is None else m.shared_seed
+        gen = gens.setdefault(number, torch.Generator().manual_seed(number))
+        value = m.leaves[k].start(s, m.owner(k), Origin(None), gen)
+        out[k, group] = nn.Parameter(value.to(device, keep), m.leaves[k].trains and k not in freeze)
+    return out
 
 
 @contextmanager
@@ -117,17 +126,18 @@ def _fill(slot: Slot, name, method: Method, bank, start, absorb, gen, freeze, em
     site, device = slot.site, _device(slot.site)
     keep = torch.promote_types(site.dtype, torch.float32)  # adapters never live below float32
     keep = keep if site.dtype.is_floating_point else site.dtype  # but a counter stays one
-    if empty or device.type == "meta":
-        p = {k: torch.empty(s) for k, s in slot.shapes(name).items()}
-    else:
-        p = _begin(slot, name, method, start, absorb, gen)
+    mine = {k: bank[k, slot.group(name, k)] for k, leaf in method.leaves.items() if leaf.shared and k in slot.shapes(name)}
+    p = _begin(slot, name, method, mine, start, absorb, gen, empty or device.type == "meta")
     for k, v in p.items():
         trains = method.leaves[k].trains and k not in freeze
-        slot.put(name, k, bank[k] if k in bank else nn.Parameter(v.to(device, keep).contiguous(), trains))
+        slot.put(name, k, mine[k] if k in mine else nn.Parameter(v.to(device, keep).contiguous(), trains))
 
 
-def _begin(slot: Slot, name: str, method: Method, start, absorb: bool, gen: torch.Generator) -> Params:
-    """The leaves at their start, on the CPU in float32; every matrix of a stack has its own."""
+def _begin(slot: Slot, name: str, method: Method, mine: Params, start, absorb: bool, gen: torch.Generator, empty: bool) -> Params:
+    """The leaves at their start, on the CPU in float32; every matrix of a stack has its own. mine: those shared with other targets.
+
+    empty: nothing but what is derived from the base is set.
+    """
     site = slot.site
     base = slot.map(slot.state.active) if slot.state.chained else Base(site)  # around those in effect, or around the target
     whole: list[Tensor] = []  # the base, read once and only if something asks
@@ -141,7 +151,13 @@ def _begin(slot: Slot, name: str, method: Method, start, absorb: bool, gen: torc
         return Origin(W, bias[n] if bias is not None and site.stack else bias, site.lookup)
 
     many = range(site.stack[0] if site.stack else 1)
-    p = [method.start(site.out, site.in_, origin(n), gen) for n in many]
+    shapes = method.shapes(site.out, site.in_, site.bias is not None)
+    corner = {k: t.detach()[tuple(slice(n) for n in shapes[k])].to("cpu", torch.float32) for k, t in mine.items()} if not empty else {}
+    p = [{k: torch.empty(s) for k, s in shapes.items()} if empty else method.start(site.out, site.in_, origin(n), gen, corner) for n in many]
+    for n in many if any(leaf.derived for leaf in method.leaves.values()) and _device(site).type != "meta" else ():
+        method.derive(p[n], origin(n))
+    if empty:
+        return _stacked(method, p, site)
     for n in many if start else ():
         start(method.core, p[n], origin(n), gen)
     if absorb:
@@ -249,6 +265,10 @@ def merge(model: nn.Module) -> None:
         for path, slot in slots(model).items():
             if not (slot.absorbed or any(a in slot.methods for a in state.active)):
                 continue
+            for a in state.active:
+                if a in slot.methods and slot.methods[a].mergeable == "no":
+                    raise LorakitError(f"{path}: {slot.methods[a].core.name} (adapter `{a}`) depends on its input, so it cannot be merged; nothing was. "
+                                       "Mend: keep it as an adapter, or activate the others alone")
             W, bias = slot.map(state.active).weight(), slot.bias(state.active)
             if not torch.isfinite(W).all():
                 raise LorakitError(f"{path}: the merged weight is not finite (NaN or infinity in the adapter?); nothing was merged")

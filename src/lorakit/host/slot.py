@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.maps import Affine, Applied, Base, Map, Once, PerRow, Sum, same
+from lorakit.maps import Affine, After, Applied, Base, Map, Once, PerRow, Sum, same
 from lorakit.method import Method, Params
 from lorakit.sites import NO_ROWS, Site
 from lorakit.stores.dense import held
@@ -24,6 +24,7 @@ class State:
     specs: dict[str, Any] = field(default_factory=dict)  # adapter -> how it was made, for saving
     active: dict[str, float] = field(default_factory=dict)  # adapter -> weight, in order
     chained: bool = False  # each adapter around the one before it, instead of a sum over one base
+    given: dict[str, Tensor] = field(default_factory=dict)  # what methods ask of the batch beside the input, for its rows
     rows: tuple[tuple[str, ...], Tensor] | None = None  # mixed batch: names, and for each row an index into them or -1
     merged: dict[str, float] | None = None  # what is merged into the base now
     required_grad: frozenset[str] = frozenset()  # base parameters that trained before the first adapter came
@@ -87,9 +88,14 @@ class Slot:
     def params(self, adapter: str) -> Params:
         """The adapter's tensors on this layer; a shared one as the corner that fits here."""
         leaves, out = self.methods[adapter].leaves, self.whole(adapter)
+        own = next((t for leaf, t in out.items() if not leaves[leaf].shared), None)
         for leaf, t in out.items():
             if leaves[leaf].shared:
-                out[leaf] = t[tuple(slice(n) for n in self.shapes(adapter)[leaf])]
+                t = t[tuple(slice(n) for n in self.shapes(adapter)[leaf])]
+                out[leaf] = t if own is None else t.to(own.device)  # the targets may live on several devices
+        for name in self.methods[adapter].asks:
+            if name in self.state.given:
+                out[name] = self.state.given[name]
         return out
 
     def first(self, adapter: str) -> Params:
@@ -113,6 +119,18 @@ class Slot:
     def shapes(self, adapter: str) -> dict[str, list[int]]:
         method, site = self.methods[adapter], self.site
         return {k: s if method.leaves[k].shared else [*site.stack, *s] for k, s in method.shapes(site.out, site.in_, site.bias is not None).items()}
+
+    def saved(self, adapter: str) -> list[str]:
+        """The leaves that belong in a file."""
+        return [k for k in self.shapes(adapter) if not self.methods[adapter].leaves[k].derived]
+
+    def group(self, adapter: str, leaf: str) -> str:
+        """Which targets this one shares a leaf with: "" for all of the model, else what they have in common, as a part of the leaf's key."""
+        return self.group_of(self.methods[adapter], leaf)
+
+    def group_of(self, method: Method, leaf: str) -> str:
+        how, size = method.leaves[leaf].shared, f"{self.site.out}x{self.site.in_}"
+        return {"model": "", "shape": size, "name": f"{self.path.rpartition('.')[2]}_{size}"}[how]
 
     def put(self, adapter: str, leaf: str, value: nn.Parameter) -> None:
         attr = self.attr(adapter, leaf)
@@ -161,8 +179,13 @@ class Slot:
         return b if b is b0 else b.to(self.site.dtype)
 
     def affine(self, active: Mapping[str, float]) -> Callable[[Tensor], Tensor]:
+        """What the layer computes: map and bias, then the serial adapters."""
+        behind = [a for a in active if a in self.methods and self.methods[a].last]
+        call = self._affine({a: g for a, g in active.items() if a not in behind}, self.bias(active))
+        return After(call, [self.applied(a, None, active[a]) for a in behind], self.state.chained) if behind else call
+
+    def _affine(self, active: Mapping[str, float], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Map and bias; where every adapter only adds to the base's output, the base's own kernel adds the bias."""
-        bias = self.bias(active)
         if all(self.methods[a].adds for a in active if a in self.methods):
             return self.map(active, bias)
         return Affine(self.map(active), self.site, bias)
@@ -172,6 +195,8 @@ class Slot:
             return self.affine(self.state.active)
         names, index = self.state.rows
         self.check_rows()
+        if self.state.given and any(self.methods[n].asks for n in names if n in self.methods):
+            raise LorakitError(f"{self.path}: a mixed batch cannot also be given {', '.join(self.state.given)}; mend: one batch for each adapter")
         return PerRow(self.affine({}), [self.affine({n: 1.0}) for n in names], index, self.path)
 
     def check_rows(self) -> None:

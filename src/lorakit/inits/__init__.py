@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lorakit.method import zeros
+
 INITS: dict[str, Init] = {}
 
 
@@ -20,12 +22,21 @@ class Init:
     title: str
     formula: str
     paper: str = ""
-    needs: tuple[str, ...] = ("A", "B")
     nonzero: bool = False
     aliases: tuple[str, ...] = ()
 
     def __call__(self, method, p, W, gen) -> None:
         self.fn(method, p, W, gen)
+
+    def unfit(self, method) -> str | None:
+        """Why this start means nothing for a method; None for those made of private factors A (r, i) and B (o, r), of which B starts at zero."""
+        for k, axes in (("A", "r i"), ("B", "o r")):
+            leaf = method.core.own.get(k)
+            if leaf is None or leaf.axes != axes:
+                return f"init {self.name} sets the leaf {k} ({axes}), which {method.core.name} does not have"
+            if method.core.leaves[k].shared:
+                return f"init {self.name} sets the leaf {k}, which {method.core.name} shares among targets"
+        return None if method.core.own["B"].start is zeros else f"init {self.name} sets B to zero, from where {method.core.name} could not move"
 
 
 def init(name: str, **card) -> Callable:

@@ -25,8 +25,8 @@ class Magnitude(Wrapper):
     m = Leaf("o", ones, key="lora_magnitude_vector")
 
     def __post_init__(self):
-        if "row_gain" in self.inner.card.laws or self.inner.replaces or "m" in self.inner.leaves:
-            raise LorakitError(f"magnitude around {self.inner.name} means nothing: the norm cancels it, or there is one already")
+        if "row_gain" in self.inner.laws or self.inner.replaces or "m" in self.inner.leaves or self.inner.mergeable == "no":
+            raise LorakitError(f"magnitude around {self.inner.name} means nothing: the norm cancels it, there is one already, or there is no weight to norm")
 
     def unfit(self, site):
         return "a row of one number has no direction for a magnitude" if site.in_ == 1 else self.inner.unfit(site)

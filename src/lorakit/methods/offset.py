@@ -19,11 +19,13 @@ from lorakit.method import Additive, Method, Wrapper, method, zeros
 
 @method("offset", title="Offset start", paper="2505.23194", formula="W - delta(p0) + delta(p)", laws=("identity",))
 class Offset(Wrapper, Additive):
+    plain_in_files = True
+
     inner: Method
 
     def __post_init__(self):
         inner = self.inner
-        if not inner.adds or inner.reads_base or any(k.endswith("0") or leaf.shared for k, leaf in inner.leaves.items()):
+        if not inner.adds or inner.mergeable == "no" or inner.reads_base or inner.asks or any(k.endswith("0") or leaf.shared for k, leaf in inner.leaves.items()):
             raise LorakitError(f"a start that is subtracted means nothing for {inner.name}: it does not simply add to W, shares leaves, or is offset")
 
     @property

@@ -18,8 +18,12 @@ class Transposed(Wrapper):
     def __post_init__(self):
         leaves = self.inner.leaves.values()
         own_bias = any(leaf.key.endswith(".bias") and not leaf.biased for leaf in leaves)
-        if type(self.inner).transposed is not Method.transposed or own_bias or all(leaf.biased for leaf in leaves):
+        if self.inner.mergeable == "no" or type(self.inner).transposed is not Method.transposed or own_bias or all(leaf.biased for leaf in leaves):
             raise LorakitError(f"transposed around {self.inner.name} means nothing: it says itself how, or acts on the bias")
+
+    @property
+    def laws(self):
+        return tuple(law for law in self.inner.laws if law in self.card.laws)
 
     @property
     def core(self):
@@ -46,11 +50,14 @@ class Transposed(Wrapper):
     def unfit(self, site):
         return "a transposed update needs a layer that is called, not a convolution or a parameter" if site.slides or site.read else None
 
-    def start(self, o, i, origin, gen):
-        return self.inner.start(i, o, Origin(lambda: origin().mT), gen)
+    def start(self, o, i, origin, gen, given=None):
+        return self.inner.start(i, o, Origin(lambda: origin().mT), gen, given)
 
     def settle(self, p, W):
         self.inner.settle(p, lambda: W().mT)
+
+    def derive(self, p, W):
+        self.inner.derive(p, lambda: W().mT)
 
     def transposed(self):
         return self.inner

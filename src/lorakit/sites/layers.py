@@ -25,6 +25,7 @@ class Site:
     lookup = False  # the input is ids, not activations
     drops = True  # dropout on the input means something
     slides = False  # a convolution
+    channel = -1  # the dimension of inputs and outputs that holds the channels
     read = False  # its module reads it; nothing calls it
     stack: tuple[int, ...] = ()  # how many matrices lie in one parameter
     bias_name: str | None = "bias"
@@ -163,6 +164,7 @@ class ConvSite(Site):
 
     def __init__(self, module):
         self.n = len(module.kernel_size)
+        self.channel = -1 - self.n
         self.raw, self.g = tuple(module.weight.shape[1:]), module.groups
         super().__init__(module)
 
@@ -207,11 +209,12 @@ class ConvSite(Site):
         names = axes.split()
         if names[-1] == "i":
             return t.reshape(*t.shape[:-1], *self.raw)
-        if len(names) == 2:
+        if len(names) == 2 and names[-1] == "r":
             return t.reshape(*t.shape, *[1] * self.n)
         return t.reshape(1, -1, *[1] * self.n) if names == ["o"] else t
 
     def unpack(self, t, axes):
         if axes == "o":
             return t.reshape(-1)
-        return t.flatten(len(axes.split()) - 1) if axes.endswith(("i", "r")) else t
+        names = axes.split()
+        return t.flatten(len(names) - 1) if names[-1] in ("i", "r") else t

@@ -112,8 +112,7 @@ BUGS: dict[str, Bug] = {
     "leaf kept in bfloat16": Bug("host/adapters.py", "keep = torch.promote_types(site.dtype, torch.float32)  # adapters", "keep = site.dtype  # adapters",
                                  cells("lora-linear-bfloat16")),
     "shared leaf copied for each layer": Bug(
-        "host/slot.py", "out[leaf] = t[tuple(slice(n) for n in self.shapes(adapter)[leaf])]",
-        "out[leaf] = t[tuple(slice(n) for n in self.shapes(adapter)[leaf])].clone().detach()",
+        "host/slot.py", "out[leaf] = t if own is None else t.to(own.device)", "out[leaf] = t.clone().detach()",
         cells("probe-shared-trained-linear-float32")),
     "a changed base not made good while its adapter is off": Bug(
         "host/slot.py", "if self.absorbed and self.absorbed.adapter not in here:", "if False:", LORA),
