@@ -36,11 +36,13 @@ def card(e: dict) -> str:
     facts += [f"Merging into the base: {e['mergeable']}."] if "mergeable" in e else []
     facts += [f"Laws the test-suite verifies: {', '.join(e['laws'])}."] if e.get("laws") else []
     body = "\n\n".join(facts) + "\n"
+    if "sites" in e:
+        body += f"\nTargets it fits: {', '.join(e['sites'])}. Numbers that train on one (o outputs, i inputs): {e['parameters'] or 'none'}.\n"
     if e.get("doc"):
         body += f"\n```text\n{e['doc']}\n```\n"
     if e["kind"] == "recipe":
         body += f"\nA composition: `{e['method']}`" + (f", start `{e['init']}`" if e["init"] else "") + (
-            f", frozen leaves {', '.join(e['freeze'])}" if e["freeze"] else "") + ".\n"
+            f", frozen leaves {', '.join(e['freeze'])}" if e["freeze"] else "") + (f", by default {e['options']}" if e["options"] else "") + ".\n"
     if e.get("fields"):
         body += "\n| option | type | default | |\n|---|---|---|---|\n" + "".join(
             f"| `{f['name']}` | {f['type']} | {'' if f['default'] is None else f['default']} | {f['about']} |\n" for f in e["fields"])

@@ -22,6 +22,7 @@ from lorakit import LorakitError, host
 from lorakit.methods.bottleneck import Bottleneck
 from lorakit.methods.hydralora import HydraLoRA
 from lorakit.methods.lora import LoRA
+from lorakit.methods.loretta_adp import LoRETTAAdp
 from lorakit.methods.lotr import LoTR
 from lorakit.methods.tied_lora import TiedLoRA
 from lorakit.methods.vblora import VBLoRA
@@ -292,6 +293,20 @@ def test_houlsby_sits_behind_both_parts_of_every_block_and_starts_as_the_base():
     assert set(host.slots(lorakit.adapt(tiny.llama(), "pfeiffer", width=5))) == {f"model.layers.{n}.mlp.down_proj" for n in range(2)}
 
 
+def test_loretta_adp_is_its_formula_core_by_core():
+    model = shake(lorakit.adapt(nn.Sequential(nn.Linear(6, 4)), LoRETTAAdp(3, 2, 3, 0.5, "tanh"), target_modules=["0"]))
+    p, x = params(model)["0"], torch.randn(2, 3, 6)
+
+    def train(f):  # every entry on its own
+        G = [p[f"{f}{k}"] for k in (1, 2, 3)]
+        return torch.stack([(G[0][:, a] @ G[1][:, b] @ G[2][:, c]).reshape(()) for a in range(G[0].shape[1]) for b in range(G[1].shape[1])
+                            for c in range(G[2].shape[1])])
+
+    D, U = train("d").view(3, 4), train("u").view(4, 3)
+    y = F.linear(x, model[0].weight, model[0].bias)
+    assert torch.allclose(model(x), y + 0.5 * (torch.tanh(y @ D.T + p["d"]) @ U.T + p["u"]), atol=1e-6)
+
+
 @pytest.mark.parametrize("act", ["gelu", "relu", "silu", "tanh"])
 def test_a_bottleneck_is_its_formula(act):
     model = shake(lorakit.adapt(nn.Sequential(nn.Linear(6, 4)), Bottleneck(3, 0.5, act), target_modules=["0"]))
@@ -315,9 +330,9 @@ def test_a_serial_adapter_and_a_lora_are_active_at_once():
     assert torch.allclose(mixed[[1, 3]], model(x)[[1, 3]], atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["hydralora", "houlsby"])
+@pytest.mark.parametrize("recipe", ["hydralora", "houlsby", "loretta-adp"])
 def test_what_depends_on_its_input_is_saved_verified_and_not_merged(recipe, tmp_path):
-    options = {"width": 3} if recipe == "houlsby" else {"r": 2, "n": 2}
+    options = {"width": 3} if "hydra" not in recipe else {"r": 2, "n": 2}
     model = shake(lorakit.adapt(tiny.llama(), recipe, **options))
     lorakit.save(model, tmp_path / "a")
     again = lorakit.load(tiny.llama(), tmp_path / "a", probe=True)

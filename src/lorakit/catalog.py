@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from functools import cache
 from typing import Any
+
+import torch
+from torch import nn
 
 from lorakit.errors import LorakitError, near
 from lorakit.hooks import HOOKS
 from lorakit.inits import INITS
 from lorakit.method import METHODS, Method, Wrapper
 from lorakit.recipes import RECIPES
+from lorakit.sites import Site, site_for
+from lorakit.sites.parameters import ParameterSite
 from lorakit.stores import STORES
 
 
@@ -25,11 +31,40 @@ def _fields(cls: type) -> list[dict[str, Any]]:
     return [_field(f) | {"about": lines.get(f.name, "")} for f in dataclasses.fields(cls)]
 
 
+@cache
+def _sites() -> dict[str, Site]:
+    """One target of each kind, wide enough for every method's defaults; without values."""
+    with torch.device("meta"):
+        called = {"linear": nn.Linear(1024, 768), "embedding": nn.Embedding(1024, 768), "conv1d": nn.Conv1d(256, 768, 3), "conv2d": nn.Conv2d(256, 768, 3),
+                  "conv3d": nn.Conv3d(256, 768, 2), "grouped conv": nn.Conv2d(512, 768, 3, groups=2)}
+        read = {"attention": nn.MultiheadAttention(768, 12), "experts": nn.ParameterDict({"w": torch.empty(4, 768, 1024)}), "vector": nn.LayerNorm(768)}
+    keys = {"attention": "in_proj_weight", "experts": "w", "vector": "weight"}
+    return {k: site_for(m) for k, m in called.items()} | {k: ParameterSite(m, keys[k]) for k, m in read.items()}
+
+
+def sites(method: Method) -> dict[str, str]:
+    """Kind of target -> "" where the method fits, else why it means nothing there."""
+    return {k: method.unfit(s) or "" for k, s in _sites().items()}
+
+
+def count(method: Method) -> str:
+    """The numbers that train on one target, from the axes of its leaves; shared ones are counted once for all who share them."""
+    own = [leaf.axes.replace(" ", "·") for leaf in method.leaves.values() if leaf.trains and not leaf.shared]
+    once = [leaf.axes.replace(" ", "·") for leaf in method.leaves.values() if leaf.trains and leaf.shared]
+    return " + ".join(own) + (f"; shared: {' + '.join(once)}" if once else "")
+
+
+def _what(method: Method) -> dict[str, Any]:
+    return {"mergeable": method.mergeable, "sites": [k for k, why in sites(method).items() if not why], "parameters": count(method),
+            "axes": {k: leaf.axes.split() for k, leaf in method.leaves.items()}}
+
+
 def _method(name: str, cls: type[Method]) -> dict[str, Any]:
     leaves = [{"name": k, "axes": v.axes, "trains": v.trains, "shared": v.shared, "key": v.key or f"{name}_{k}"} for k, v in cls.own.items()]
-    return {"name": name, "kind": "wrapper" if issubclass(cls, Wrapper) else "method", "title": cls.card.title, "formula": cls.card.formula,
-            "paper": cls.card.paper, "aliases": list(cls.card.aliases), "laws": list(cls.card.laws), "mergeable": "exact", "leaves": leaves,
-            "fields": _fields(cls), "doc": inspect.getdoc(inspect.getmodule(cls))}
+    wraps = issubclass(cls, Wrapper)
+    return {"name": name, "kind": "wrapper" if wraps else "method", "title": cls.card.title, "formula": cls.card.formula,
+            "paper": cls.card.paper, "aliases": list(cls.card.aliases), "laws": list(cls.card.laws), "leaves": leaves,
+            "fields": _fields(cls), "doc": inspect.getdoc(inspect.getmodule(cls))} | ({"mergeable": "as the method inside"} if wraps else _what(cls()))
 
 
 def entries() -> list[dict[str, Any]]:
@@ -37,7 +72,7 @@ def entries() -> list[dict[str, Any]]:
     out = []
     for name, r in RECIPES.items():
         out.append({"name": name, "kind": "recipe", "title": r.title, "formula": r.formula, "paper": r.paper, "aliases": list(r.aliases),
-                    "method": r.method.to_dict(), "init": r.init, "freeze": list(r.freeze), "mergeable": "exact"})
+                    "method": r.method.to_dict(), "init": r.init, "freeze": list(r.freeze), "options": dict(r.options)} | _what(r.method))
     out += [_method(name, cls) for name, cls in METHODS.items()]
     for name, i in INITS.items():
         out.append({"name": name, "kind": "init", "title": i.title, "formula": i.formula, "paper": i.paper, "aliases": list(i.aliases),

@@ -65,6 +65,8 @@ def _one(e: dict) -> None:
     for leaf in e.get("leaves", []):
         state = ("shared, " if leaf["shared"] else "") + ("trains" if leaf["trains"] else "frozen")
         out.print(f"  leaf {leaf['name']} ({leaf['axes'].replace(' ', ', ')}): {state}, key {leaf['key']}", markup=False)
+    if "sites" in e:
+        out.print(f"  merges: {e['mergeable']}; targets: {', '.join(e['sites'])}; trains on one: {e['parameters'] or 'nothing'}", markup=False)
     if e["kind"] == "recipe":
         more = [f"init {e['init']}"] * bool(e["init"]) + [f"frozen {', '.join(e['freeze'])}"] * bool(e["freeze"])
         out.print(f"  = {', '.join([json.dumps(e['method']), *more])}", markup=False)

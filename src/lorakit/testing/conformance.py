@@ -27,7 +27,7 @@ from lorakit.formats import folder
 from lorakit.inits import INITS
 from lorakit.maps import Applied, Base, Routed
 from lorakit.method import METHODS, Method, Origin, Wrapper, method_from_dict
-from lorakit.sites import site_at
+from lorakit.sites import Site, site_at
 from lorakit.spec import Spec, attach
 
 
@@ -167,9 +167,13 @@ class Case:
         return TARGET.get(self.layer, "layer")
 
     @property
+    def site(self) -> Site:
+        return site_at(dict(self.base()[0].named_modules()), self.path)
+
+    @property
     def fits(self) -> bool:
         """Whether the method means something on this layer."""
-        return self.method.unfit(site_at(dict(self.base()[0].named_modules()), self.path)) is None
+        return self.method.unfit(self.site) is None
 
     @property
     def matrix(self) -> bool:
