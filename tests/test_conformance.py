@@ -1,6 +1,6 @@
 """lorakit.testing over every registered method and the probes. By default every method in float32, and a rotating sample of the rest.
 
-LORAKIT_SAMPLE=<number> picks the sample (default: today's date, so that sixteen days see everything); `slow` holds the whole matrix.
+LORAKIT_SAMPLE=<number> picks the sample (default: today's date, so that forty-eight days see everything); `slow` holds the whole matrix.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sampled(word: str, every: int) -> bool:
 def cell(name: str, layer: str, dtype: str):
     word = f"{name}-{layer}-{dtype}"
     always = dtype == "float32" and (name in ALWAYS or "(" not in name)
-    return pytest.param(name, layer, dtype, id=word, marks=() if always or sampled(word, 4 if dtype == "float32" else 16) else pytest.mark.slow)
+    return pytest.param(name, layer, dtype, id=word, marks=() if always or sampled(word, 16 if dtype == "float32" else 48) else pytest.mark.slow)
 
 
 def run(name: str, layer: str, dtype: str, checks) -> list[str]:
@@ -64,7 +64,7 @@ def test_conforms(name, layer, dtype):
 
 
 @pytest.mark.parametrize(("name", "layer"), [
-    pytest.param(n, y, id=f"{n}-{y}", marks=() if sampled(f"{n}-{y}", 20) else pytest.mark.slow) for n, y, d in CELLS if d == "float32"])
+    pytest.param(n, y, id=f"{n}-{y}", marks=() if sampled(f"{n}-{y}", 80) else pytest.mark.slow) for n, y, d in CELLS if d == "float32"])
 def test_compiles(name, layer):
     wrong = run(name, layer, "float32", ["compile"])
     assert not wrong, wrong[0]

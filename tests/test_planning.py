@@ -13,7 +13,9 @@ import transformers as tf
 
 import lorakit
 from lorakit.errors import LorakitError
-from lorakit.planning import memory
+from lorakit.planning import GOALS, advise, memory, seconds
+from lorakit.planning.duration import shallow
+from lorakit.planning.guide import rank_for
 from lorakit.planning.memory import Live, step
 
 SMALL = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -121,6 +123,55 @@ def test_the_command_line_says_what_fits(folders):
                         (["--optimizer", "adma"], "did you mean `adamw`"), (["--batch", "0"], "at least 1")):
         done = run(*words)
         assert done.returncode == 1 and says in done.stderr, (words, done.stderr)
+
+
+def test_time_grows_with_the_layers_and_is_of_this_machine(tmp_path):
+    """Four layers more cost four layers' time; the calibration never makes the deep model."""
+    sizes = {"vocab_size": 96, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 256, "num_key_value_heads": 2}
+    told = {}
+    for layers in (1, 2, 4000):
+        tf.LlamaConfig(**sizes, num_hidden_layers=layers, bos_token_id=1, eos_token_id=2).save_pretrained(tmp_path / str(layers))
+        told[layers] = seconds(tmp_path / str(layers), "lora", batch=4, length=32, at_least=0.2)
+    assert 0 < told[1].step < told[4000].step and told[4000].step > 50 * told[1].step
+    assert told[2].tokens_per_second == pytest.approx(4 * 32 / told[2].step)
+    assert shallow(tf.Gemma3TextConfig(num_hidden_layers=8), 2).layer_types == tf.Gemma3TextConfig(num_hidden_layers=8).layer_types[:2]
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_the_guide_recommends_what_fits_and_says_why_not(goal, folders):
+    step = {"batch": 3, "length": 40}
+    free = advise(folders["llama"], goal, **step)
+    assert free.method == GOALS[goal][1][0].method and free.why and "rank" in free.rank_rule
+    assert free.memory == memory(folders["llama"], free.method, gradient_checkpointing=free.checkpointing, **step, **free.options)
+    last = None
+    for limit in (free.memory.peak - 1,):
+        tight = advise(folders["llama"], goal, limit, **step)
+        assert tight.method is None or tight.memory.peak <= limit, "recommended what does not fit"
+        assert any("GiB at its peak" in why for _, why in tight.ruled_out)
+        last = tight
+    nothing = advise(folders["llama"], goal, 1000, **step)
+    assert nothing.method is None and "nothing fits" in nothing.why and last is not None
+    config = free.config("somewhere")
+    lorakit.adapt(real("llama", None, {}), **{"adapter" if k == "method" else k: v for k, v in config["adapter"].items()})
+
+
+def test_ranks_are_within_their_band_and_a_percent_of_the_base():
+    assert rank_for(500_000_000, 300_000)[0] == 16 and rank_for(500_000_000, 500_000)[0] == 8
+    assert rank_for(8_000_000_000, 2_600_000)[0] == 16 and rank_for(8_000_000_000, 1_000_000)[0] == 32
+    assert rank_for(70_000_000_000, 20_000_000)[0] == 16 and rank_for(1_000_000, 1_000_000)[0] == 8
+
+
+def test_the_command_line_recommends_times_and_draws(folders, tmp_path):
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "lorakit", "plan", str(folders["llama"]), "--batch", "3", "--length", "40", *words],
+                              capture_output=True, text=True)
+
+    told = json.loads(run("--goal", "memory", "--memory", "50MB", "--json").stdout)
+    assert told["method"] == "lora-fa" and told["config"]["adapter"]["method"] == "lora-fa" and told["memory"]["peak"] < 50_000_000
+    assert "Take lora" in run("--goal", "speed").stdout
+    assert "did you mean `memory`" in run("--goal", "memroy").stderr
+    timed = json.loads(run("--methods", "lora", "--time", "--json", "--picture", str(tmp_path / "plan.png")).stdout)
+    assert timed["lora"]["seconds_per_step"] > 0 and (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_what_cannot_be_planned_says_so(folders, tmp_path):

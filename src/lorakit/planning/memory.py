@@ -97,10 +97,30 @@ def counting_saved(model: nn.Module) -> Iterator[dict[int, int]]:
         yield found
 
 
+def labels_for(model: nn.Module, ids: Tensor) -> Tensor:
+    """Labels of the right shape for the model's kind: each token's, or one class for each sequence."""
+    return ids if hasattr(model, "lm_head") or model.get_output_embeddings() is not None else torch.zeros(len(ids), dtype=torch.int64)
+
+
+def config_of(base: str | Path, task: str) -> Any:
+    """The configuration of a base that a step can be planned for. LorakitError otherwise."""
+    import transformers
+
+    if task not in ("causal-lm", "sequence-classification"):
+        raise LorakitError(f"plan: a step of the task `{task}` is not known{near(task, TASKS)}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(where(base))
+    except (OSError, ValueError) as e:
+        raise LorakitError(f"could not read the configuration of {base}: {str(e).splitlines()[0]}") from e
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = 0  # a classifier of a batch asks for one; the cost does not depend on which
+    return config
+
+
 def step(model: nn.Module, batch: int, length: int) -> tuple[int, int, int]:
     """(bytes saved for the backward pass, bytes of the logits, most bytes alive beyond the model's) of one forward and backward pass."""
     ids = torch.ones(batch, length, dtype=torch.int64)
-    labels = ids if hasattr(model, "lm_head") or model.get_output_embeddings() is not None else torch.zeros(batch, dtype=torch.int64)
+    labels = labels_for(model, ids)
     with counting_saved(model) as saved:
         model(input_ids=ids, labels=labels)
     with Live(model) as live:
@@ -121,16 +141,9 @@ def memory(base: str | Path, adapter: str | Any = "lora", *, task: str = "causal
 
     if optimizer not in STATES:
         raise LorakitError(f"plan: unknown optimiser `{optimizer}`{near(optimizer, STATES)}")
-    if task not in ("causal-lm", "sequence-classification"):
-        raise LorakitError(f"plan: a step of the task `{task}` is not known{near(task, TASKS)}")
     if batch < 1 or length < 1:
         raise LorakitError(f"plan: batch and length must be at least 1, not {batch} and {length}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(where(base))
-    except (OSError, ValueError) as e:
-        raise LorakitError(f"could not read the configuration of {base}: {str(e).splitlines()[0]}") from e
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = 0  # a classifier of a batch asks for one; the bytes do not depend on which
+    config = config_of(base, task)
     kind = dtype_of(dtype)
     kind = (config.dtype or torch.float32) if kind == "auto" else kind
     with FakeTensorMode(), warnings.catch_warnings():
