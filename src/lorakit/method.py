@@ -82,6 +82,7 @@ class Leaf:
     shared: one tensor for many targets, each of which sees the corner of it that fits: "model" for all of them, "shape"
         for those of equal (o, i), "name" for those of equal (o, i) and last name (all q_proj).
     derived: computed from the base by `Method.derive`, never written to a file.
+    only: a name that `dims` gives; the leaf exists only on layers where it is not zero.
     """
 
     axes: str
@@ -92,6 +93,12 @@ class Leaf:
     lookup: tuple[str, Start] | None = None
     biased: bool = False
     derived: bool = False
+    only: str = ""
+
+
+def sizes() -> Leaf:
+    """A leaf without numbers: its shape (…, 0, o, i) tells a method the layer's sizes where no other leaf does."""
+    return Leaf("none o i", zeros, trains=False, derived=True)
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,10 @@ class Method(ABC):
         """Why this method means nothing on a target of this geometry; None where it fits."""
         return None
 
+    def on(self, site) -> Method:
+        """This method in the form that it takes on a target of this geometry, where it has several; the plan asks once for each target."""
+        return self
+
     def transposed(self) -> Method:
         """The method that makes W'ᵀ of Wᵀ with the same leaves: for a head that is tied to an embedding."""
         return METHODS["transposed"](self)
@@ -232,12 +243,13 @@ class Method(ABC):
 
     def dims(self, o: int, i: int) -> dict[str, int]:
         ints = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
-        return ints | {"o": o, "i": i}
+        return ints | {"o": o, "i": i, "none": 0}
 
     def shapes(self, o: int, i: int, bias: bool = False) -> dict[str, list[int]]:
         """Shape of every leaf on a layer of o outputs and i inputs, with or without a bias."""
         d = self.dims(o, i)
-        return {k: [d[a] for a in leaf.axes.split()] for k, leaf in self.leaves.items() if bias or not leaf.biased}
+        here = {k: leaf for k, leaf in self.leaves.items() if (bias or not leaf.biased) and (not leaf.only or d[leaf.only])}
+        return {k: [d[a] for a in leaf.axes.split()] for k, leaf in here.items()}
 
     def start(self, o: int, i: int, origin: Origin, gen: torch.Generator, given: Params | None = None) -> Params:
         """Every leaf at its own start, on the CPU in float32; given: those that have begun already, shared with other targets."""
@@ -308,7 +320,8 @@ class Additive(Method):
         return f(x) + self.update(p, x, f, site, drop)
 
     def update(self, p, x, f, site, drop):
-        return site.op(drop(x), self.delta(p, f.weight).to(x.dtype if x.is_floating_point() else site.dtype))
+        dtype, two = x.dtype if x.is_floating_point() else site.dtype, self.two(p)
+        return site.op(drop(x), self.delta(p, f.weight).to(dtype)) if two is None else site.chain(drop(x), *(F.to(dtype) for F in two))
 
 
 class LowRank(Additive):
@@ -370,6 +383,28 @@ class Serial(Dynamic):
         return self.after(p, f(x), site, drop)
 
 
+class Around(Method):
+    """A method around a whole module's call: it changes what goes in or comes out, never a weight."""
+
+    mergeable = "no"
+    around_a: ClassVar[str] = "model"  # the kind of module: "model" or "attention"
+
+    def weight(self, p, W):
+        raise LorakitError(f"{self.name} changes no weight: it cannot be merged or exported; mend: keep it as an adapter")
+
+    @abstractmethod
+    def around(self, p: Params, inner: Callable[[Any], Any], call: Any, site) -> Any:
+        """What the module gives for this call (`lorakit.sites.Call`); inner(call) is the module's own answer."""
+        ...
+
+    def size(self, p: Params) -> Tensor:
+        """A number that is zero where the method does nothing."""
+        return torch.stack([t.float().norm() for t in p.values()]).norm()
+
+    def unfit(self, site):
+        return None if site.whole == self.around_a else f"{self.name} goes around a whole {self.around_a}, not on a layer; mend: leave the targets to it"
+
+
 class Wrapper(Method):
     """A method around a method (`inner: Method` is its first field): it answers for the leaves of both."""
 
@@ -408,6 +443,9 @@ class Wrapper(Method):
 
     def unfit(self, site):
         return self.inner.unfit(site)
+
+    def on(self, site):
+        return dataclasses.replace(self, inner=self.inner.on(site))
 
     def settle(self, p, W):
         self.inner.settle(p, W)

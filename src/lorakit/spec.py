@@ -40,6 +40,7 @@ class Spec:
     layers_pattern: str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    patterns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # {field: {pattern: value}}; a ? in front: may match nothing
     modules_to_save: tuple[str, ...] = ()
     heads: bool = True  # the freshly made head of a classification model is trained whole, unasked
     bias: str = "none"  # which biases train: none, those of the targets, all of the model's
@@ -62,6 +63,8 @@ class Spec:
         for leaf in self.freeze:
             if leaf not in self.method.leaves:
                 raise LorakitError(f"freeze: {self.method.name} has no leaf `{leaf}`{near(leaf, self.method.leaves)}")
+        for name, value in ((k, v) for k, at in self.patterns.items() for v in at.values()):
+            self.method.having(**{name: value})  # refuses what is no field, or no value of it
         if self.init is not None and self.init not in INITS:
             raise LorakitError(f"init: unknown start `{self.init}`{near(self.init, INITS)}")
         if self.init and (why := INITS[self.init].unfit(self.method)):
@@ -76,9 +79,13 @@ class Spec:
         paths += select_parameters(model, self.parameters) if self.parameters else []
         paths = [p for p in dict.fromkeys(paths) if p not in kept]
         plan = dict.fromkeys(paths, self.method)
-        for what, patterns, name in (("rank_pattern", self.rank_pattern, "r"), ("alpha_pattern", self.alpha_pattern, "alpha")):
-            for path, value in matched(what, patterns, paths, names=named_as(modules, paths)).items():
+        for what, patterns, name in (("rank_pattern", self.rank_pattern, "r"), ("alpha_pattern", self.alpha_pattern, "alpha"),
+                                     *((f"patterns of {k}", at, k) for k, at in self.patterns.items())):
+            known, loose = named_as(modules, paths), {k[1:]: v for k, v in patterns.items() if k[0] == "?"}
+            hits = matched(what, loose, paths, False, known) | matched(what, {k: v for k, v in patterns.items() if k[0] != "?"}, paths, names=known)
+            for path, value in hits.items():
                 plan[path] = plan[path].having(**{name: value})
+        plan = {p: m.on(site_at(modules, p)) if type(m.core).on is not Method.on else m for p, m in plan.items()}
         if self.bias != "none":
             plan = {p: TrainedBias(m) for p, m in plan.items()}
         plan |= kept

@@ -2,13 +2,15 @@
 
     "all-linear"          every linear layer except the output head (the default)
     "attention", "mlp"    linear layers inside, or beside, attention blocks; told by the names of modules and classes
+    "model", "attention-blocks"   the whole model, or every attention: for methods that go around a module's call
     "attention-out", "mlp-out", "block-outputs"   the last linear layer of each block's attention, of its feed-forward part, both
     ["q_proj", "v_proj"]  modules whose path ends with one of the names ("q_proj,v_proj" is the same); an nn.MultiheadAttention
                           stands for its in-projection and its out-projection
     r".*\\.layers\\.[01]\\..*_proj"   a regular expression for the whole path
 
 Parameters that no layer call stands for are named by `select_parameters`: ["experts.gate_up_proj"], or "experts" for all that
-hold the matrices of fused experts. Every name must match something; an error lists the nearest names.
+hold the matrices of fused experts, "norms" for the gains and biases of all normalisation layers. Every name must match something; an error lists
+the nearest names.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from torch import nn
 
 from lorakit.errors import LorakitError, near
 from lorakit.host import walk
-from lorakit.sites import adaptable, fused, linear_like, plain, reads
+from lorakit.sites import adaptable, fused, linear_like, plain, reads, whole_site
 
 OUTPUTS = {"attention-out": (True,), "mlp-out": (False,), "block-outputs": (True, False)}  # word -> in attention or not
-KEYWORDS = ("all-linear", "attention", "mlp", *OUTPUTS)
+AROUND = {"model": "model", "attention-blocks": "attention"}  # word -> the whole modules it means
+KEYWORDS = ("all-linear", "attention", "mlp", *OUTPUTS, *AROUND)
 _OUT = re.compile(r"(?:^|\.)(?:o|o_proj|out_proj|c_proj|down_proj|fc2|wo|w2|lin2|out_lin|dense_4h_to_h|(?:output|attention|self_attention)\.dense)$")
 _ATTENTION = re.compile(r"attn|attention", re.I)
+_NORM = re.compile(r"norm(?!al)", re.I)
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -49,6 +53,8 @@ def classifier(model: nn.Module) -> list[str]:
 
 
 def _keyword(model: nn.Module, word: str, every: dict[str, nn.Module]) -> list[str]:
+    if word in AROUND:
+        return _around(model, AROUND[word], every)
     skip = heads(model)
     linear = list(dict.fromkeys(p for n, m in every.items() if (linear_like(m) and id(m) not in skip) or reads(m) for p in _stands_for(n, m)))
     if word == "all-linear":
@@ -64,6 +70,16 @@ def _keyword(model: nn.Module, word: str, every: dict[str, nn.Module]) -> list[s
     return out
 
 
+def _around(model: nn.Module, kind: str, every: dict[str, nn.Module]) -> list[str]:
+    """Modules that a method goes around: the model itself, or every attention."""
+    where = {"": model} if kind == "model" else every
+    out = [n for n, m in where.items() if (site := whole_site(m)) and site.whole == kind]
+    if not out:
+        what = "input embeddings" if kind == "model" else "attention with the layers q_proj, k_proj, v_proj and o_proj"
+        raise LorakitError(f"this {type(model).__name__} has no {what}, which this method needs")
+    return out
+
+
 def _in_attention_class(path: str, every: dict[str, nn.Module]) -> bool:
     parent = path.rpartition(".")[0]
     return bool(parent) and bool(_ATTENTION.search(type(every[parent]).__name__))
@@ -76,6 +92,16 @@ def _stands_for(path: str, module: nn.Module) -> list[str]:
 
 def _carries(module: nn.Module) -> bool:
     return adaptable(module) or bool(reads(module))
+
+
+def norms(module: nn.Module) -> list[str]:
+    """Names of a normalisation layer's parameters; nothing for any other module."""
+    if not _NORM.search(type(module).__name__) or next(module.children(), None) is not None:
+        return []
+    return [n for n, p in module._parameters.items() if p is not None]
+
+
+WORDS = {"experts": (fused, "fused experts"), "norms": (norms, "normalisation layers")}  # for parameters -> what they stand for in a module
 
 
 def suffixes(path: str) -> Iterable[str]:
@@ -166,20 +192,21 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def select_parameters(model: nn.Module, names: str | Sequence[str]) -> list[str]:
-    """Paths of parameters by the end of their path, in model order; "experts" means all that fused experts keep. A plain layer's weight is the layer."""
+    """Paths of parameters by the end of their path, in model order; "experts" and "norms" mean all of them. A plain layer's weight is the layer."""
     every = {"": model} | _modules(model)
     names = [names] if isinstance(names, str) else list(names)
-    wanted, hit = set(names) - {"experts"}, dict.fromkeys(names, False)
+    wanted, hit = set(names) - {*WORDS}, dict.fromkeys(names, False)
     own = {f"{n}.{k}" if n else k: (n, k) for n, m in every.items() for k, p in m._parameters.items() if p is not None}
     out = []
     for path, (module, name) in own.items():
-        found = [s for s in suffixes(path) if s in wanted] + (["experts"] if "experts" in hit and name in fused(every[module]) else [])
+        found = [s for s in suffixes(path) if s in wanted]
+        found += [w for w, (of, _) in WORDS.items() if w in hit and name in of(every[module])]
         if found:
             out.append(module if name == "weight" and plain(every[module]) else path)
         hit |= dict.fromkeys(found, True)
     for name, ok in hit.items():
-        if not ok and name == "experts":
-            raise LorakitError(f"target_parameters: this {type(model).__name__} has no fused experts")
+        if not ok and name in WORDS:
+            raise LorakitError(f"target_parameters: this {type(model).__name__} has no {WORDS[name][1]}")
         if not ok:
             ends = {".".join(p.split(".")[-2:]) for p in own}
             raise LorakitError(f"target_parameters: no parameter is called `{name}`{near(name, sorted(ends))}")

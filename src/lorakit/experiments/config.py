@@ -1,13 +1,13 @@
-"""The configuration of a comparison: what `lorakit train` takes, and cells, a grid, seeds, a budget."""
+"""The configuration of a comparison: what `lorakit train` takes, and cells, a grid, seeds, a budget, tuning, what else is measured."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -15,10 +15,12 @@ from lorakit.errors import LorakitError, near
 from lorakit.training import config as c
 from lorakit.training.config import Part, Run
 
-METRICS = {"eval_loss": False, "perplexity": False, "accuracy": True, "exact_match": True, "preference_accuracy": True}  # name -> higher is better
+METRICS = {"eval_loss": False, "perplexity": False, "accuracy": True, "exact_match": True, "preference_accuracy": True,
+           "f1": True, "rouge_l": True, "bleu": True}  # name -> higher is better
+EXTRA = ("f1", "rouge_l", "bleu")  # measured by a comparison alone
 SHARED = ("base", "task", "data", "train", "eval", "hooks", "adapter")
 VARIED = ("adapter", "train", "hooks")  # data and base are the same in every cell
-FIXED = {"seed": "seeds", "max_steps": "budget", "epochs": "budget"}
+FIXED = {"seed": "seeds", "max_steps": "budget", "epochs": "budget", "learning_rate": "tune"}
 
 
 class Budget(Part):
@@ -35,6 +37,31 @@ class Budget(Part):
         return self
 
 
+class Tune(Part):
+    """The learning rate of each configuration: one grid and one budget for all, judged on rows that neither train nor end in the table."""
+
+    learning_rate: list[float] = Field(..., description="the grid")
+    budget: Budget = Field(..., description="of each trial")
+    seed: int = Field(1000, ge=0, description="of the trials, and of the rows that judge them; none of `seeds`")
+    fraction: float = Field(0.1, gt=0, lt=1, description="share of the training rows that judges and does not train")
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _grid(cls, v: list[float]) -> list[float]:
+        if len(set(v)) < 2 or len(set(v)) < len(v) or not all(0 < x < float("inf") for x in v):
+            raise ValueError("a grid is two different rates at least, all above 0")
+        return sorted(v)
+
+
+class Forgetting(Part):
+    """Rows of another kind, on which the loss is measured before and after."""
+
+    data: str = Field(..., description="file, folder or hub name")
+    split: str | None = Field(None, description="split of it")
+    columns: dict[str, str] = Field({}, description="our name -> the column's name")
+    limit: int | None = Field(None, ge=1, description="use only the first rows")
+
+
 class Cell(Part):
     """One configuration of the list."""
 
@@ -42,19 +69,40 @@ class Cell(Part):
     adapter: dict[str, Any] | str | None = Field(None, description="method and options, as for lorakit train")
     train: dict[str, Any] = Field({}, description="settings of `train` that differ in this cell")
     hooks: list[str | dict[str, Any]] | None = Field(None, description="in place of the hooks of all cells")
-    base: bool = Field(False, description="true: the untouched base, measured and not trained")
+    base: bool = Field(False, description="true: the untouched base, measured and not trained; the same as adapter: none")
+    backend: Literal["lorakit", "peft", "transformers"] = Field(
+        "lorakit", description="whose layers train. peft: PEFT's own, the options are those of its configurations; transformers: adapter: full, every weight")
 
     @model_validator(mode="after")
     def _what(self) -> Cell:
-        if self.base and (self.adapter is not None or self.train or self.hooks):
-            raise ValueError("base: true is the untouched base and takes no adapter, train or hooks")
+        if self.named() == "none" and not self.base:
+            self.base, self.adapter = True, None
+        if self.base and (self.adapter is not None or self.train or self.hooks or self.backend != "lorakit"):
+            raise ValueError("base: true is the untouched base and takes no adapter, train, hooks or backend")
         if not self.base and self.adapter is None:
             raise ValueError("needs an adapter, or base: true")
+        if self.backend == "transformers" and self.adapter not in ("full", {"method": "full"}):
+            raise ValueError("backend: transformers trains every weight and takes adapter: full alone")
+        if self.named() == "linear-probe" and (self.options() or self.backend != "lorakit"):
+            raise ValueError("adapter: linear-probe trains the classifier's head alone and takes no options and no backend")
+        if self.kind() != "lorakit" and self.hooks:
+            raise ValueError("hooks act on lorakit's adapters; this cell has none")
         return self
 
+    def named(self) -> str:
+        name = self.adapter if isinstance(self.adapter, str) else (self.adapter or {"method": ""}).get("method", "lora")
+        return str(name).lower().replace("_", "-")
+
+    def options(self) -> dict[str, Any]:
+        return {k: v for k, v in self.adapter.items() if k != "method"} if isinstance(self.adapter, dict) else {}
+
+    def kind(self) -> str:
+        if self.backend == "lorakit" and self.named() == "linear-probe":
+            return "probe"
+        return "none" if self.base else {"lorakit": "lorakit", "peft": "peft", "transformers": "full"}[self.backend]
+
     def label(self) -> str:
-        named = self.adapter if isinstance(self.adapter, str) else (self.adapter or {}).get("method", "lora")
-        return self.name or ("base" if self.base else str(named))
+        return self.name or ("base" if self.base else self.named() + (f"-{self.backend}" if self.backend != "lorakit" else ""))
 
 
 class Settings(Part):
@@ -63,10 +111,18 @@ class Settings(Part):
     seeds: int | list[int] = Field(3, description="how many, or which")
     budget: Budget | None = Field(None, description="without it, `train` says how long")
     metric: str | None = Field(None, description="what is compared; by default accuracy, else exact match, else loss")
+    metrics: list[str] = Field([], description="what is measured besides: f1 of classes, rouge_l and bleu of generated answers")
+    tune: Tune | None = Field(None, description="the learning rate of each configuration, chosen with an equal budget")
+    forgetting: Forgetting | None = Field(None, description="other data, measured before and after; a bare word is its `data`")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of intervals and of what counts as a difference")
     cells: list[Cell] = Field([], description="named configurations")
     grid: dict[str, list[Any]] = Field({}, description="adapter.KEY or train.KEY -> values; every combination is a cell")
     output: str = Field("runs/comparison", description="folder of the comparison")
+
+    @field_validator("forgetting", mode="before")
+    @classmethod
+    def _word(cls, v: Any) -> Any:
+        return {"data": v} if isinstance(v, str) else v
 
     @field_validator("seeds")
     @classmethod
@@ -87,18 +143,37 @@ class Trial:
     cell: str
     seed: int
     run: Run
-    untouched: bool
+    kind: str  # lorakit, peft, full (every weight), probe (the head), none (the untouched base)
     budget: dict[str, float]
+    peft: dict[str, Any] | None = None  # PEFT's configuration
+    extra: tuple[str, ...] = ()  # metrics that only a comparison measures
+    forgetting: dict[str, Any] | None = None
+    tunes: float | None = None  # the learning rate that this trial tries; None in a run that counts
+
+    @property
+    def untouched(self) -> bool:
+        return self.kind == "none"
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell} seed {self.seed}" if self.tunes is None else f"{self.cell} learning rate {self.tunes:g}"
 
     @property
     def folder(self) -> Path:
         return Path(self.run.output)
 
+    def rated(self, rate: float) -> Trial:
+        """The same with this learning rate."""
+        return replace(self, run=self.run.model_copy(update={"train": self.run.train.model_copy(update={"learning_rate": rate})}))
+
     def settings(self) -> dict[str, Any]:
         """All that decides its result, flat; the place where it is kept does not."""
         run = self.run.model_dump(mode="json")
         run.pop("output")
-        return _flat(run) | {"untouched": self.untouched} | _flat({"budget": self.budget})
+        if self.kind != "lorakit":
+            run.pop("adapter")
+        rest = {"kind": self.kind, "budget": self.budget, "peft": self.peft, "metrics": list(self.extra), "forgetting": self.forgetting}
+        return _flat(run) | _flat(rest)
 
 
 @dataclass(frozen=True)
@@ -107,6 +182,7 @@ class Compare:
 
     settings: Settings
     trials: list[Trial]
+    tuning: list[Trial]  # before them; the learning rates of `trials` come from these
 
     @property
     def output(self) -> Path:
@@ -129,7 +205,8 @@ def _explain(e: ValidationError, where: str) -> str:
     for err in e.errors():
         place = ".".join(map(str, err["loc"]))
         if err["type"] == "extra_forbidden":
-            part = {"budget": Budget, "cells": Cell}.get(str(err["loc"][0]), Settings)
+            part = {"budget": Budget, "cells": Cell, "tune": Tune, "forgetting": Forgetting}.get(str(err["loc"][0]), Settings)
+            part = Budget if "budget" in err["loc"] else part
             lines.append(f"unknown key `{place}`{near(str(err['loc'][-1]), part.model_fields)}")
         else:
             told = err["msg"].removeprefix("Value error, ")
@@ -149,30 +226,48 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> Compare:
         raise LorakitError(_explain(e, where)) from None
     if s.metric is not None and s.metric not in METRICS:
         raise LorakitError(f"{where}: unknown metric `{s.metric}`{near(s.metric, METRICS)}")
+    for name in s.metrics:
+        if name not in EXTRA:
+            raise LorakitError(f"{where}: metrics: unknown metric `{name}`{near(name, EXTRA)}")
+    if s.tune and s.tune.seed in s.seeds:
+        raise LorakitError(f"{where}: tune: the seed {s.tune.seed} is one of `seeds`, so that what is tuned would be judged by its own luck; mend: another")
     shared = c._grouped({k: v for k, v in raw.items() if k not in Settings.model_fields})
+    shared["data"] = {"split_seed": 0, **shared.get("data", {})}  # the held-out rows are the same for all seeds
     if s.budget:
         _no_fixed(shared.get("train", {}), f"{where}: train", ("max_steps", "epochs"))
-    _no_fixed(shared.get("train", {}), f"{where}: train", ("seed",))
-    rows = [(cell.label(), _of_cell(shared, cell, f"{where}: cell `{cell.label()}`", bool(s.budget)), cell.base) for cell in s.cells]
-    rows += _of_grid(shared, s, where)
+    _no_fixed(shared.get("train", {}), f"{where}: train", ("seed", *_tuned(s)))
+    rows = [(cell.label(), _of_cell(shared, cell, f"{where}: cell `{cell.label()}`", s), cell) for cell in s.cells]
+    rows += [(name, one, Cell(adapter="lora")) for name, one in _of_grid(shared, s, where)]
     if not rows:
         raise LorakitError(f"{where}: nothing to compare; mend: give `cells` or `grid`")
     names = [name for name, *_ in rows]
     for name in names:
         if names.count(name) > 1:
             raise LorakitError(f"{where}: {names.count(name)} cells are called `{name}`; mend: give each its own `name`")
-    trials = []
-    for name, settings, untouched in rows:
-        for seed in s.seeds:
-            one = copy.deepcopy(settings)
-            one["train"] = {**one.get("train", {}), "seed": seed, **_length(s.budget)}
-            one["output"] = str(Path(s.output) / name / f"seed-{seed}")
-            run = c.parse(one, f"{where}: cell `{name}`")
-            if s.budget and s.budget.seconds and run.train.lr_scheduler_type != "constant":
+    trials, tuning = [], []
+    extra = tuple(dict.fromkeys([*s.metrics, *([s.metric] if s.metric in EXTRA else [])]))
+    rest = {"extra": extra, "forgetting": s.forgetting.model_dump() if s.forgetting else None}
+    for name, settings, cell in rows:
+        def one(seed: int, folder: str, budget: Budget | None, rate: float | None = None, name=name, settings=settings, cell=cell, **data: Any) -> Trial:
+            mine = copy.deepcopy(settings)
+            mine["train"] = {**mine.get("train", {}), "seed": seed, **_length(budget)} | ({"learning_rate": rate} if rate else {})
+            mine["data"] = {**mine["data"], **data}
+            mine["output"] = str(Path(s.output) / name / folder)
+            run = c.parse(mine, f"{where}: cell `{name}`")
+            if budget and budget.seconds and run.train.lr_scheduler_type != "constant":
                 raise LorakitError(f"{where}: cell `{name}`: with a budget of seconds nobody knows where a falling learning rate would end; "
                                    "mend: train: {lr_scheduler_type: constant}, or a budget of tokens or steps")
-            trials.append(Trial(name, seed, run, untouched, s.budget.model_dump(exclude_none=True) if s.budget else {}))
-    return Compare(s, trials)
+            peft = {"method": cell.named(), **cell.options()} if cell.kind() == "peft" else None
+            return Trial(name, seed, run, cell.kind(), budget.model_dump(exclude_none=True) if budget else {}, peft, tunes=rate, **rest)
+
+        trials += [one(seed, f"seed-{seed}", s.budget) for seed in s.seeds]
+        if s.tune and cell.kind() != "none":
+            tuning += [one(s.tune.seed, f"tune-{rate:g}", s.tune.budget, rate) for rate in s.tune.learning_rate]
+    return Compare(s, trials, tuning)
+
+
+def _tuned(s: Settings) -> tuple[str, ...]:
+    return ("learning_rate",) if s.tune else ()
 
 
 def _length(budget: Budget | None) -> dict[str, int]:
@@ -187,13 +282,18 @@ def _no_fixed(train: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> No
             raise LorakitError(f"{where}.{k}: a comparison takes this from `{FIXED[k]}`; mend: leave it out")
 
 
-def _of_cell(shared: Mapping[str, Any], cell: Cell, where: str, budget: bool) -> dict[str, Any]:
-    _no_fixed(cell.train, f"{where}: train", tuple(FIXED) if budget else ("seed",))
-    out = {**shared, "train": {**shared.get("train", {}), **cell.train}, "adapter": cell.adapter or {"method": "lora"}}
+def _keys(s: Settings) -> tuple[str, ...]:
+    return ("seed", *(("max_steps", "epochs") if s.budget else ()), *_tuned(s))
+
+
+def _of_cell(shared: Mapping[str, Any], cell: Cell, where: str, s: Settings) -> dict[str, Any]:
+    _no_fixed(cell.train, f"{where}: train", _keys(s))
+    adapter = cell.adapter if cell.kind() == "lorakit" and cell.adapter else {"method": "lora"}
+    out = {**shared, "train": {**shared.get("train", {}), **cell.train}, "adapter": adapter}
     return out if cell.hooks is None else {**out, "hooks": cell.hooks}
 
 
-def _of_grid(shared: Mapping[str, Any], s: Settings, where: str) -> list[tuple[str, dict[str, Any], bool]]:
+def _of_grid(shared: Mapping[str, Any], s: Settings, where: str) -> list[tuple[str, dict[str, Any]]]:
     """Every combination, named by its values: `dora-r8`, `lora-r8-learning_rate0.001`."""
     if not s.grid:
         return []
@@ -204,7 +304,7 @@ def _of_grid(shared: Mapping[str, Any], s: Settings, where: str) -> list[tuple[s
             raise LorakitError(f"{where}: grid: unknown key `{k}`{near(k, [*VARIED, *(f for f, to in c.FLAT.items() if to.partition('.')[0] in VARIED)])}")
         if not values:
             raise LorakitError(f"{where}: grid: `{k}` has no values")
-        _no_fixed({key.partition(".")[2]: 0} if key.startswith("train.") else {}, f"{where}: grid: train", tuple(FIXED) if s.budget else ("seed",))
+        _no_fixed({key.partition(".")[2]: 0} if key.startswith("train.") else {}, f"{where}: grid: train", _keys(s))
         keys.append(key)
     out = []
     for values in itertools.product(*s.grid.values()):
@@ -213,7 +313,7 @@ def _of_grid(shared: Mapping[str, Any], s: Settings, where: str) -> list[tuple[s
             key = f"{key}.{c.SHORT[key]}" if key in c.SHORT and isinstance(value, str) else key
             c._put(one, key, c.number(value))
             words.append(_word(key, value))
-        out.append(("-".join(words), one, False))
+        out.append(("-".join(words), one))
     return out
 
 

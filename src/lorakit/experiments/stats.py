@@ -53,6 +53,8 @@ def mean(values: Sequence[float], confidence: float = 0.95) -> Mean:
     n = len(x)
     if n == 1:
         return Mean(float(x[0]), None, 1)
+    if x.min() == x.max():
+        return Mean(float(x[0]), 0.0, n)  # rounding would leave a trace of a spread
     half = _student().ppf(0.5 + confidence / 2, n - 1) * x.std(ddof=1) / math.sqrt(n)
     return Mean(float(x.mean()), float(half), n)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv as comma
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 from lorakit.experiments import stats
+from lorakit.formats.files import read_json
 from lorakit.training.report import human
 
-COLUMNS = ("cell", "before", "after", "seeds", "time", "tokens/s", "memory", "trained", "size", "verify")
-FIELDS = ("cell", "mean", "half", "n", "before", "train_seconds", "tokens", "tokens_per_second", "peak_memory_bytes", "trainable", "adapter_bytes", "verify",
-          "failed", "error")
+COLUMNS = ("cell", "before", "after", "seeds", "time", "tokens/s", "memory", "saved", "trained", "size", "merge loss", "verify")
+FIELDS = ("cell", "kind", "mean", "half", "n", "before", "learning_rate", "rate_at_edge", "train_seconds", "cpu_seconds", "tokens", "tokens_per_second",
+          "peak_memory_bytes", "saved_bytes", "trainable", "adapter_bytes", "merge_loss", "forgetting", "verify", "failed", "error")
+AVERAGED = ("train_seconds", "cpu_seconds", "tokens", "tokens_per_second", "saved_bytes", "trainable", "adapter_bytes", "merge_loss")
+FRONTS = {"time": "train_seconds", "memory": "peak_memory_bytes", "size": "adapter_bytes"}  # what the metric is weighed against
 
 
 def _mean(some: list[dict], key: str) -> float | None:
@@ -23,14 +27,19 @@ def _mean(some: list[dict], key: str) -> float | None:
 def _cell(name: str, results: list[dict], metric: str, confidence: float) -> dict[str, Any]:
     good = [r for r in results if r["status"] == "ok"]
     bad = [r for r in results if r["status"] != "ok"]
-    out: dict[str, Any] = dict.fromkeys(FIELDS) | {"cell": name, "n": len(good), "failed": len(bad), "error": bad[0]["error"] if bad else None, "values": {}}
+    out: dict[str, Any] = dict.fromkeys(FIELDS) | {"cell": name, "n": len(good), "failed": len(bad), "error": bad[0]["error"] if bad else None,
+                                                   "values": {}, "metrics": {}}
     if good:
         m = stats.mean([r["metrics"]["after"][metric] for r in good], confidence)
         checked = [r["verify"] for r in good if r["verify"] is not None]
         out |= {"mean": m.mean, "half": m.half, "before": sum(r["metrics"]["before"][metric] for r in good) / len(good),
                 "values": {str(r["seed"]): r["metrics"]["after"][metric] for r in good}, "verify": all(checked) if checked else None,
-                "peak_memory_bytes": max(r["peak_memory_bytes"] for r in good)}
-        out |= {k: _mean(good, k) for k in ("train_seconds", "tokens", "tokens_per_second", "trainable", "adapter_bytes")}
+                "peak_memory_bytes": max(r["peak_memory_bytes"] for r in good), "kind": good[0].get("kind"),
+                "metrics": {k: sum(r["metrics"]["after"][k] for r in good) / len(good) for k in good[0]["metrics"]["after"] if k != metric}}
+        out |= {k: _mean(good, k) for k in AVERAGED}
+        if other := [r["elsewhere"] for r in good if r.get("elsewhere")]:
+            changes = stats.mean([o["after"] - o["before"] for o in other], confidence)
+            out |= {"forgetting": changes.mean, "forgetting_half": changes.half}
     return out
 
 
@@ -41,29 +50,80 @@ def summarise(results: list[dict[str, Any]], settings: dict[str, Any], metric: s
     cells.sort(key=lambda c: (c["mean"] is None or not math.isfinite(c["mean"]), 0 if c["mean"] is None else -c["mean"] if higher else c["mean"]))
     values = {c["cell"]: {int(s): v for s, v in c["values"].items()} for c in cells if c["values"]}
     fronts = {}
-    for key, word in (("train_seconds", "time"), ("trainable", "parameters")):
+    for word, key in FRONTS.items():
         fronts[word] = stats.pareto({c["cell"]: (c["mean"], c[key]) for c in cells if c["mean"] is not None}, (higher, False))
     return {"metric": metric, "higher_is_better": higher, "settings": settings, "cells": cells, "pareto": fronts,
             "differences": [vars(d) for d in stats.differences(values, confidence)]}
 
 
+def curves(folder: Path, cells: list[dict[str, Any]], points: int = 120) -> dict[str, dict[str, list[list[float]]]]:
+    """Cell -> {loss, eval_loss: [[step, mean, lowest, highest] over seeds]}, from the runs' own histories."""
+    out: dict[str, dict[str, list[list[float]]]] = {}
+    for c in cells:
+        found: dict[str, dict[float, list[float]]] = {"loss": {}, "eval_loss": {}}
+        for seed in c["values"]:
+            path = folder / c["cell"] / f"seed-{seed}" / "run.json"
+            for entry in read_json(path)["history"] if path.is_file() else ():
+                for key, steps in found.items():
+                    if isinstance(entry.get(key), int | float) and math.isfinite(entry[key]):
+                        steps.setdefault(entry["step"], []).append(entry[key])
+        lines = {k: [[step, sum(v) / len(v), min(v), max(v)] for step, v in sorted(steps.items())] for k, steps in found.items()}
+        out[c["cell"]] = {k: v[:: -(-len(v) // points) or 1] for k, v in lines.items() if v}
+    return {k: v for k, v in out.items() if v}
+
+
+def columns(record: dict[str, Any]) -> list[str]:
+    """The heads of the table, with what this comparison has besides."""
+    more = ["lr"] if record.get("tuning") else []
+    more += [k for k in record["settings"].get("metrics") or [] if k != record["metric"]]
+    return [*COLUMNS[:4], *more, *(["forgetting"] if any(c["forgetting"] is not None for c in record["cells"]) else []), *COLUMNS[4:]]
+
+
 def _rows(record: dict[str, Any]) -> list[list[str]]:
-    rows = []
+    heads, rows = columns(record), []
     for c in record["cells"]:
         if c["mean"] is None:
-            rows.append([c["cell"], "—", "failed", "0", *["—"] * 6])
+            rows.append([c["cell"], "—", "failed", "0", *["—"] * (len(heads) - 4)])
             continue
-        after = human(c["mean"]) + (f" ± {human(c['half'])}" if c["half"] is not None else "")
-        seeds = str(c["n"]) + (f" ({c['failed']} failed)" if c["failed"] else "")
-        rows.append([c["cell"], human(c["before"]), after, seeds, human(c["train_seconds"], "seconds"), human(c["tokens_per_second"], "count"),
-                     human(c["peak_memory_bytes"], "bytes"), human(c["trainable"], "count"), human(c["adapter_bytes"], "bytes"),
-                     {True: "PASS", False: "FAIL", None: "—"}[c["verify"]]])
+        word = {"cell": c["cell"], "before": human(c["before"]), "after": pm(c["mean"], c["half"]),
+                "seeds": str(c["n"]) + (f" ({c['failed']} failed)" if c["failed"] else ""),
+                "lr": rate(c), "forgetting": pm(c["forgetting"], c.get("forgetting_half"), "+"), "time": human(c["train_seconds"], "seconds"),
+                "tokens/s": human(c["tokens_per_second"], "count"), "memory": human(c["peak_memory_bytes"], "bytes"),
+                "saved": human(c["saved_bytes"], "bytes"), "trained": human(c["trainable"], "count"), "size": human(c["adapter_bytes"], "bytes"),
+                "merge loss": human(c["merge_loss"]), "verify": {True: "PASS", False: "FAIL", None: "—"}[c["verify"]]}
+        rows.append([word[h] if h in word else human(c["metrics"].get(h)) for h in heads])
     return rows
+
+
+def pm(mean: float | None, half: float | None, sign: str = "") -> str:
+    """'1.234 ± 0.05'."""
+    plus = sign if mean is not None and mean > 0 else ""
+    return plus + human(mean) + (f" ± {human(half)}" if half is not None else "")
+
+
+def rate(c: dict[str, Any]) -> str:
+    """The learning rate, marked where it is the first or last of the grid."""
+    return "—" if c.get("learning_rate") is None else f"{c['learning_rate']:g}" + " (edge)" * bool(c.get("rate_at_edge"))
+
+
+def tuned(record: dict[str, Any]) -> str:
+    """How the learning rates were chosen, in a sentence; empty where they were given."""
+    if not record.get("tuning"):
+        return ""
+    t = record["settings"]["tune"]
+    grid, budget = ", ".join(f"{x:g}" for x in t["learning_rate"]), ", ".join(f"{v:g} {k}" for k, v in t["budget"].items() if v is not None)
+    return (f"Learning rates were chosen for each cell from {grid} with {budget} for each trial and the seed {t['seed']}, judged on a part of the training "
+            "rows that is not in the final evaluation")
 
 
 def notes(record: dict[str, Any]) -> list[str]:
     """Below the table: errors, what differs and what does not, the fronts, in sentences."""
     share, out = f"{record['settings']['confidence'] * 100:g} %", []
+    if record.get("tuning"):
+        out.append(f"{tuned(record)}: " + ", ".join(f"{t['cell']} {t['rate']:g}" if t["rate"] else f"{t['cell']} none" for t in record["tuning"]) + ".")
+    for t in record.get("tuning", []):
+        if t["edge"]:
+            out.append(f"{t['cell']}: the learning rate {t['rate']:g} is at the edge of the grid; a wider grid might find a better one.")
     for c in record["cells"]:
         if c["failed"]:
             out.append(f"{c['cell']} failed with {c['failed']} of {c['failed'] + c['n']} seeds: {c['error']}")
@@ -100,15 +160,17 @@ def csv(record: dict[str, Any]) -> str:
     seeds = [str(s) for s in record["settings"]["seeds"]]
     text = io.StringIO()
     out = comma.writer(text, lineterminator="\n")
-    out.writerow([*FIELDS, *(f"seed_{s}" for s in seeds)])
+    more = list(dict.fromkeys(k for c in record["cells"] for k in c["metrics"]))
+    out.writerow([*FIELDS, *more, *(f"seed_{s}" for s in seeds)])
     for c in record["cells"]:
-        out.writerow([*(c[k] for k in FIELDS), *(c["values"].get(s) for s in seeds)])
+        out.writerow([*(c[k] for k in FIELDS), *(c["metrics"].get(k) for k in more), *(c["values"].get(s) for s in seeds)])
     return text.getvalue()
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The table and the notes as a page."""
-    lines = [title(record), "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    heads = columns(record)
+    lines = [title(record), "", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     lines += ["| " + " | ".join(w.replace("|", "\\|") for w in row) + " |" for row in _rows(record)]
     return "\n".join([*lines, "", *(f"- {n.strip()}" for n in notes(record))]) + "\n"
 
@@ -119,9 +181,9 @@ def summary(record: dict[str, Any]) -> Any:
     from rich.table import Column, Table
     from rich.text import Text
 
-    rows = _rows(record)
-    wide = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]  # a narrow terminal wraps lines, not figures
-    grid = Table(*(Column(c, justify="right" if n else "left", min_width=w) for n, (c, w) in enumerate(zip(COLUMNS, wide, strict=True))),
+    rows, heads = _rows(record), columns(record)
+    wide = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]  # a narrow terminal wraps lines, not figures
+    grid = Table(*(Column(c, justify="right" if n else "left", min_width=w) for n, (c, w) in enumerate(zip(heads, wide, strict=True))),
                  box=None, pad_edge=False)
     for row in rows:
         grid.add_row(*(Text(w, "bold red" if w in ("failed", "FAIL") else "") for w in row))

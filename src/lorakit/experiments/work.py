@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -18,10 +19,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from lorakit import api
 from lorakit.errors import LorakitError
+from lorakit.experiments import measure, plain
 from lorakit.experiments.config import Trial
-from lorakit.formats.files import writing
-from lorakit.models import load_base
+from lorakit.experiments.locks import claimed
+from lorakit.formats.files import read_json, writing
+from lorakit.formats.folder import Folder
+from lorakit.proof import load_base_for
 from lorakit.training import data as d
 from lorakit.training import run as r
 from lorakit.training.measure import evaluate
@@ -29,30 +34,41 @@ from lorakit.training.prepare import Prepared, prepare
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds inside steps, so without evaluation and saving, the tokens that were really trained on, padding not counted, and peak memory."""
+    """Seconds inside steps, so without evaluation and saving, the tokens that were really trained on, padding not counted, and peak memory.
 
-    def __init__(self, limit: float = math.inf):
-        self.limit, self.seconds, self.tokens, self.since, self.handle = limit, 0.0, 0, 0.0, None
-        self.peak = 0
+    `around` is measured before the first step and after the last one, outside of all these.
+    """
+
+    def __init__(self, limit: float = math.inf, around: Callable[[nn.Module], dict[str, Any]] = lambda model: {}):
+        self.limit, self.around, self.seconds, self.cpu, self.tokens, self.since, self.handle = limit, around, 0.0, 0.0, 0, (0.0, 0.0), None
+        self.peak, self.saved, self.first = 0, None, None
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kw):
+        self.before = self.around(model)
         forget_peak()
         self.handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def on_train_end(self, args, state, control, **kw):
+    def on_train_end(self, args, state, control, model=None, **kw):
         self.handle.remove()
         self.peak = peak_memory()
+        if self.first is not None:
+            self.saved = measure.saved_bytes(model, self.first)
+        self.after = self.around(model)
 
     def _count(self, model: nn.Module, args: tuple, kw: dict[str, Any]) -> None:
         if model.training and torch.is_grad_enabled():
+            self.first = self.first or (None if args else dict(kw))
             mask, ids = kw.get("attention_mask"), kw.get("input_ids", args[0] if args else None)
             self.tokens += int(mask.sum()) if mask is not None else ids.numel()
 
     def on_step_begin(self, args, state, control, **kw):
-        self.since = _now()
+        self.since = _now(), time.process_time()
 
     def on_step_end(self, args, state, control, **kw):
-        self.seconds += _now() - self.since
+        self.seconds += _now() - self.since[0]
+        self.cpu += time.process_time() - self.since[1]
         control.should_training_stop = control.should_training_stop or self.seconds >= self.limit
 
 
@@ -98,43 +114,95 @@ def steps_for(p: Prepared, tokens: int) -> int:
     raise LorakitError(f"{tokens} tokens cannot be reached with this data")
 
 
-def _untouched(run: r.Run) -> dict[str, Any]:
-    p = prepare(run)
-    extra = {"num_labels": len(p.labels), "pad_token_id": p.tokenizer.pad_token_id} if p.labels else {}
-    torch.manual_seed(run.train.seed)
-    model = load_base(run.base.path, p.task, dtype=run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code, **extra)
-    if torch.cuda.is_available():
-        model.to("cuda")
+def _around(trial: Trial, p: Prepared) -> Callable[[nn.Module], dict[str, Any]]:
+    """What is measured before and after beside the run's own metrics."""
+    other = measure.Elsewhere(trial.run, trial.forgetting, p) if trial.forgetting else None
+    return lambda model: measure.extras(trial.extra, model, p) | ({"elsewhere": other.loss(model)} if other else {})
+
+
+def _untouched(trial: Trial, p: Prepared) -> dict[str, Any]:
+    model = plain.bare(p)
     forget_peak()
     found = evaluate(model, p)
-    return {"metrics": {"before": found, "after": found}, "steps": 0, "tokens": 0, "train_seconds": 0.0, "tokens_per_second": None,
-            "peak_memory_bytes": peak_memory(), "trainable": 0, "adapter_bytes": 0, "verify": None}
+    peak = peak_memory()
+    more = _around(trial, p)(model)
+    other = more.pop("elsewhere", None)
+    return {"metrics": {"before": found | more, "after": found | more}, "steps": 0, "tokens": 0, "train_seconds": 0.0, "cpu_seconds": 0.0,
+            "tokens_per_second": None, "peak_memory_bytes": peak, "saved_bytes": None, "trainable": 0, "adapter_bytes": 0, "merge_loss": None,
+            "elsewhere": None if other is None else {"before": other, "after": other}, "threads": torch.get_num_threads(),
+            "device": "cuda" if torch.cuda.is_available() else "cpu", "verify": None}
 
 
-def _trained(trial: Trial) -> dict[str, Any]:
-    run, watch = trial.run, Stopwatch(trial.budget.get("seconds", math.inf))
+def _trained(trial: Trial, p: Prepared) -> dict[str, Any]:
+    run, watch = trial.run, Stopwatch(trial.budget.get("seconds", math.inf), _around(trial, p))
     if "tokens" in trial.budget:
-        run = run.model_copy(update={"train": run.train.model_copy(update={"max_steps": steps_for(prepare(run), int(trial.budget["tokens"]))})})
-    record = r.train(run, callbacks=[watch])
+        run = run.model_copy(update={"train": run.train.model_copy(update={"max_steps": steps_for(p, int(trial.budget["tokens"]))})})
+    if trial.kind == "lorakit":
+        record = r.train(run, callbacks=[watch])
+        record["merge_loss"] = _merge_loss(run, p) if trial.tunes is None else None
+    else:
+        record = plain.train(trial.kind, trial.peft, run, watch)
     cost = record["cost"]
-    return {"metrics": record["metrics"], "steps": cost["steps"], "tokens": watch.tokens, "train_seconds": watch.seconds,
-            "tokens_per_second": watch.tokens / watch.seconds, "peak_memory_bytes": watch.peak, "threads": cost["threads"],
+    metrics = {k: record["metrics"][k] | {n: v for n, v in more.items() if n != "elsewhere"} for k, more in (("before", watch.before), ("after", watch.after))}
+    other = {k: more["elsewhere"] for k, more in (("before", watch.before), ("after", watch.after)) if "elsewhere" in more}
+    return {"metrics": metrics, "steps": cost["steps"], "tokens": watch.tokens, "train_seconds": watch.seconds, "cpu_seconds": watch.cpu,
+            "tokens_per_second": watch.tokens / watch.seconds, "peak_memory_bytes": watch.peak, "saved_bytes": watch.saved, "threads": cost["threads"],
             "device": cost["device"], "trainable": record["adapter"]["trainable"], "adapter_bytes": record["adapter"]["bytes"],
-            "verify": record["verify"]["ok"]}
+            "merge_loss": record.get("merge_loss"), "elsewhere": other or None, "verify": record["verify"]["ok"]}
 
 
-def one(trial: Trial, digest: str) -> None:
-    """Runs a trial in its folder and writes `result.json`, also when it fails; what it says goes to `log.txt`."""
+def _merge_loss(run: r.Run, p: Prepared) -> float | None:
+    """Of the saved adapter, on a base read anew; None for what cannot be merged."""
+    folder = Folder(Path(run.output) / "adapter")
+    model = load_base_for(folder, run.base.path, run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code)
+    api.load(model, folder.path)
+    live = measure.logits(model, p)
+    try:
+        api.merge(model)
+    except LorakitError as e:
+        print(f"not merged: {e}")
+        return None
+    return measure.merge_loss(live, measure.logits(model, p))
+
+
+def one(trial: Trial, digest: str, settings: dict[str, Any], threads: int | None = None) -> None:
+    """Runs a trial in its folder and writes `result.json`, also when it fails; what it says goes to `log.txt`. Nothing where another process has it."""
     _end_with_parent()
+    with claimed(trial.folder) as mine:
+        if mine and not finished(trial, digest):
+            _one(trial, {"cell": trial.cell, "seed": trial.seed, "tunes": trial.tunes, "digest": digest}, settings, threads)
+
+
+def finished(trial: Trial, digest: str | None = None) -> dict[str, Any] | None:
+    """The result of a trial that ended well, with these settings where a digest is given."""
+    result = outcome(trial)
+    return result if result and result["status"] == "ok" and digest in (None, result["digest"]) else None
+
+
+def outcome(trial: Trial) -> dict[str, Any] | None:
+    """What `result.json` holds; None where there is none, also when another process takes it away just now."""
+    path = trial.folder / "result.json"
+    try:
+        return read_json(path) if path.is_file() else None
+    except LorakitError:
+        if path.is_file():
+            raise
+        return None
+
+
+def _one(trial: Trial, head: dict[str, Any], settings: dict[str, Any], threads: int | None) -> None:
     out = trial.folder
+    shutil.rmtree(out, ignore_errors=True)
+    with writing(out) as w:
+        w.json("cell.json", head | {"settings": settings})
     with (out / "log.txt").open("w", buffering=1, encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        head = {"cell": trial.cell, "seed": trial.seed, "digest": digest}
         try:
-            if trial.run.train.threads:
-                torch.set_num_threads(trial.run.train.threads)
-            result = head | {"status": "ok", "error": None} | (_untouched(trial.run) if trial.untouched else _trained(trial))
+            if trial.run.train.threads or threads:
+                torch.set_num_threads(trial.run.train.threads or threads)
+            p = prepare(trial.run)
+            result = head | {"status": "ok", "error": None, "kind": trial.kind} | (_untouched(trial, p) if trial.untouched else _trained(trial, p))
         except Exception as e:
             traceback.print_exc()
             result = head | {"status": "failed", "error": str(e) if isinstance(e, LorakitError) else f"{type(e).__name__}: {e}"}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.host import Slot
-from lorakit.method import Method, method_from_dict, method_from_peft
+from lorakit.method import Around, Method, method_from_dict, method_from_peft
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
 from lorakit.methods.tokens import Tokens
@@ -61,6 +61,8 @@ def leaf_key(path: str, slot: Slot, method: Method, leaf: str, files: Mapping[st
     if method.leaves[leaf].shared:
         group = slot.group_of(method, leaf)
         return f"base_model.{key}.{group}" if group else f"base_model.{key}"
+    if slot.site.whole and not path:
+        return key  # as PEFT names what stands before the model
     if method.replaces and slot.raw and key == "modules_to_save.weight":
         return f"{PREFIX}{path}"
     return f"{PREFIX}{files.get(path, path)}.{key.removeprefix('modules_to_save.')}"
@@ -130,6 +132,8 @@ def own_format(methods: Mapping[str, Method], fits: bool) -> bool:
     configs = [m.to_peft() for m in methods.values() if not m.replaces]
     if not fits or any(c is None for c in configs):
         return True
+    if any(isinstance(m, Around) for m in methods.values()):
+        return len({str(c) for c in configs}) > 1 or any(m.replaces for m in methods.values())
     main = [c for c in configs if "r" in c]
     return not main or len({_kind(c) for c in main}) > 1
 
@@ -141,6 +145,9 @@ def config_of(spec: Spec, model: nn.Module, methods: Mapping[str, Method], base:
     if own:
         return common | {"peft_type": OWN, "lorakit_format": FORMAT, "modules": {p: m.to_dict() for p, m in methods.items()}, "ensure_weight_tying": spec.tie}
     modules = dict(model.named_modules())
+    if around := {p: m for p, m in methods.items() if isinstance(m, Around)}:
+        path, method = next(iter(around.items()))
+        return {"auto_mapping": None, "modules_to_save": None} | common | site_at(modules, path).peft() | method.to_peft() | {"peft_version": "0.21.2"}
     every = {p: m.to_peft() for p, m in methods.items() if not m.replaces}
     configs = {p: c for p, c in every.items() if "r" in c}
     most = {k: Counter(c[k] for c in configs.values()).most_common(1)[0][0] for k in ("r", "lora_alpha")}
@@ -232,6 +239,8 @@ def _inside(key: str, module: str) -> bool:
 
 
 def _path(key: str, tails: list[str]) -> str | None:
+    if key in tails:
+        return ""  # what stands before the model itself
     if not key.startswith(PREFIX):
         return None
     body = key.removeprefix(PREFIX)

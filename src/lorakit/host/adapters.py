@@ -15,7 +15,7 @@ from lorakit.host.hooked import check_blocks
 from lorakit.host.module import find_state, host, host_class, known, slots, state_of, unhost, walk
 from lorakit.host.slot import Absorbed, Slot, State
 from lorakit.maps import Base, each
-from lorakit.method import Method, Origin, Params
+from lorakit.method import Around, Method, Origin, Params
 from lorakit.sites import Site, place
 from lorakit.stores.shards import GROWS, scattered
 
@@ -64,8 +64,8 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
         for path, method in sorted(plan.items(), key=lambda kv: kv[0] in ties):
             slot = done[path] = host(modules, state, path)
             slot.methods[name], slot.dropout[name] = method, dropout
-            if why := method.unfit(slot.site):
-                raise LorakitError(f"{path}: {why}")
+            if why := _astray(method, slot.site) or method.unfit(slot.site):
+                raise LorakitError(f"{path or 'the model'}: {why}")
         bank = _bank(done, name, seed, freeze)
         for path, slot in done.items():
             method = slot.methods[name]
@@ -84,6 +84,13 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
 
 
 Bank = Mapping[tuple[str, str], nn.Parameter]  # (leaf, group of targets) -> the one tensor they share
+
+
+def _astray(method: Method, site: Site) -> str | None:
+    """Why a method for layers has no place around a module."""
+    if site.whole and not isinstance(method, Around):
+        return f"{method.name} is for layers and parameters, and this is a whole {type(site.module).__name__}; mend: name the layers inside it"
+    return None
 
 
 def _bank(slots: Mapping[str, Slot], name: str, seed: int, freeze: tuple[str, ...]) -> Bank:
@@ -161,7 +168,7 @@ def _begin(slot: Slot, name: str, method: Method, mine: Params, start, absorb: b
     for n in many if start else ():
         start(method.core, p[n], origin(n), gen)
     if absorb:
-        _absorb(slot, name, method.core, _stacked(method, [{k: q[k].clone() for k in method.core.leaves} for q in p], site))
+        _absorb(slot, name, method.core, _stacked(method, [{k: q[k].clone() for k in method.core.leaves if k in q} for q in p], site))
         whole.clear()
     for n in many:
         method.settle(p[n], origin(n))
@@ -266,6 +273,9 @@ def merge(model: nn.Module) -> None:
             if not (slot.absorbed or any(a in slot.methods for a in state.active)):
                 continue
             for a in state.active:
+                if a in slot.methods and isinstance(slot.methods[a], Around):
+                    raise LorakitError(f"adapter `{a}`: {slot.methods[a].name} changes no weight, so there is nothing to merge it into; nothing was. "
+                                       "Mend: keep it as an adapter, or activate the others alone")
                 if a in slot.methods and slot.methods[a].mergeable == "no":
                     raise LorakitError(f"{path}: {slot.methods[a].core.name} (adapter `{a}`) depends on its input, so it cannot be merged; nothing was. "
                                        "Mend: keep it as an adapter, or activate the others alone")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial, update_wrapper
+from typing import Any
 
 from torch import nn
 
@@ -12,14 +13,14 @@ from lorakit.errors import LorakitError, near
 from lorakit.host.hooked import change_class, own_forwards
 from lorakit.host.slot import Holder, Leaves, Slot, State
 from lorakit.maps import groups, spread
-from lorakit.sites import Place, batch_of, check_caller, place, site_at
+from lorakit.sites import Place, batch_of, check_caller, place, site_at, whole_site
 
 
 class Host:
     """Marks a module with adapters; mixed into its class at run time (`class AdaptedLinear(Layer, Linear)`)."""
 
     own_class: type  # what it was
-    mixin: type  # Layer or Reader
+    mixin: type  # Layer, Reader or Whole
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (self.own_class, self.mixin), self.__dict__
@@ -64,6 +65,32 @@ class Reader(Host):
         return batch.join(parts, [at for _, at in cut])
 
 
+class Whole(Host):
+    """A module around whose call methods go: a model, an attention."""
+
+    slot: Slot
+
+    def forward(self, *args, **kwargs):
+        if self.slot.idle():
+            return super().forward(*args, **kwargs)
+        return self.slot.around(super().forward, self.slot.site.bind(args, kwargs))
+
+
+def _whole(cls: type) -> dict[str, Any]:
+    """What else a class made from this one has: its own signature, which Trainer reads, and generation that knows of encoders called apart."""
+
+    def forward(self, *args, **kwargs):
+        return Whole.forward(self, *args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        if self.slot.idle() or not self.slot.site.pairs:
+            return cls.generate(self, *args, **kwargs)
+        return self.slot.around(partial(cls.generate, self), self.slot.site.bind_generate(args, kwargs))
+
+    out = {"forward": update_wrapper(forward, cls.forward)}
+    return out | ({"generate": update_wrapper(generate, cls.generate)} if hasattr(cls, "generate") else {})
+
+
 @contextmanager
 def _reading(busy: Iterable[Slot], active: Mapping[str, float]) -> Iterator[None]:
     """Inside, the modules find the adapted values under their parameters' names."""
@@ -85,8 +112,9 @@ def _rebuild(cls: type, mixin: type) -> nn.Module:
 
 @cache
 def host_class(cls: type, mixin: type) -> type:
-    """`class Adapted<Name>(Layer or Reader, <Name>)`, one for each class."""
-    return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": __name__, "own_class": cls, "mixin": mixin})
+    """`class Adapted<Name>(Layer, Reader or Whole, <Name>)`, one for each class."""
+    more = _whole(cls) if mixin is Whole else {}
+    return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": __name__, "own_class": cls, "mixin": mixin} | more)
 
 
 def _take_class(module: nn.Module, mixin: type, path: str) -> None:
@@ -101,7 +129,8 @@ def host(modules: Mapping[str, nn.Module], state: State, path: str) -> Slot:
     at = place(modules, path)
     if at is None:
         raise LorakitError(f"the model has no module or parameter `{path}`{near(path, [n for n in modules if n])}")
-    module, mixin = modules[at.owner], Reader if at.key else Layer
+    module = modules[at.owner]
+    mixin = Reader if at.key else module.mixin if isinstance(module, Whole) or not whole_site(module) else Whole
     if isinstance(module, Host) and module.mixin is not mixin:
         raise LorakitError(f"{path}: another adapter is on {'the layer itself' if at.key else 'a parameter of this layer'}; mend: target the same of the two")
     if isinstance(module, Host) and (slot := slot_in(module, at.key)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.maps import Affine, After, Applied, Base, Map, Once, PerRow, Sum, same
 from lorakit.method import Method, Params
-from lorakit.sites import NO_ROWS, Site
+from lorakit.sites import NO_ROWS, Call, Site
 from lorakit.stores.dense import held
 
 
@@ -198,6 +198,22 @@ class Slot:
         if self.state.given and any(self.methods[n].asks for n in names if n in self.methods):
             raise LorakitError(f"{self.path}: a mixed batch cannot also be given {', '.join(self.state.given)}; mend: one batch for each adapter")
         return PerRow(self.affine({}), [self.affine({n: 1.0}) for n in names], index, self.path)
+
+    def around(self, own: Callable[..., Any], call: Call) -> Any:
+        """The module's answer to a call through the methods around it; the first of them is the innermost."""
+        if self.state.rows is not None:
+            raise LorakitError(f"{self.path or 'the model'}: a mixed batch cannot be followed through {', '.join(sorted({m.name for m in self.methods.values()}))}, "
+                               "which change the length of what every row sees; mend: one batch for each adapter")
+
+        def inner(call: Call) -> Any:
+            return own(**call.given)
+
+        for a, g in self.state.active.items():
+            if a in self.methods:
+                if g != 1.0:
+                    raise LorakitError(f"adapter `{a}`: {self.methods[a].name} is there or not, a weight of {g} means nothing; mend: weights of 1")
+                inner = partial(self.methods[a].around, self.params(a), inner, site=self.site)
+        return inner(call)
 
     def check_rows(self) -> None:
         if NO_ROWS.search(self.path):

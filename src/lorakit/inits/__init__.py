@@ -36,7 +36,9 @@ class Init:
                 return f"init {self.name} sets the leaf {k} ({axes}), which {method.core.name} does not have"
             if method.core.leaves[k].shared:
                 return f"init {self.name} sets the leaf {k}, which {method.core.name} shares among targets"
-        return None if method.core.own["B"].start is zeros else f"init {self.name} sets B to zero, from where {method.core.name} could not move"
+            if not leaf.trains:
+                return f"init {self.name} sets the leaf {k}, which {method.core.name} has from elsewhere"
+        return None if method.core.leaves["B"].start is zeros else f"init {self.name} sets B to zero, from where {method.core.name} could not move"
 
 
 def init(name: str, **card) -> Callable:

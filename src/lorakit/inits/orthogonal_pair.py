@@ -18,3 +18,6 @@ def orthogonal_pair(method, p, W, gen):
     Q = torch.linalg.qr(torch.randn(r, r, generator=gen)).Q
     p["A"].copy_((torch.randn(i, r // 2, generator=gen) @ Q[0::2]).mT / 10)
     p["B"].copy_(torch.randn(o, r // 2, generator=gen) @ Q[1::2] / 10)
+    two = method.two(p)
+    if two is not None and (two[0] @ two[1]).norm() > 1e-4 * two[0].norm() * two[1].norm():
+        raise LorakitError(f"init orthogonal-pair means nothing for {method.name}: B A is zero only where nothing stands between the factors")

@@ -39,11 +39,11 @@ class Offset(Wrapper, Additive):
 
     def settle(self, p, W):
         self.inner.settle(p, W)
-        for k in self.inner.leaves:
-            p[f"{k}0"].copy_(p[k])
+        for k, begun in self.begun(p).items():
+            begun.copy_(p[k])
 
     def begun(self, p):  # p0 under the inner method's own names
-        return {k: p[f"{k}0"] for k in self.inner.leaves}
+        return {k: p[f"{k}0"] for k in self.inner.leaves if k in p}
 
     def delta(self, p, W):
         return self.inner.delta(p, W) - self.inner.delta(self.begun(p), W)

@@ -50,6 +50,9 @@ class Transposed(Wrapper):
     def unfit(self, site):
         return "a transposed update needs a layer that is called, not a convolution or a parameter" if site.slides or site.read else None
 
+    def on(self, site):
+        return self  # the inner method sees the transposed geometry
+
     def start(self, o, i, origin, gen, given=None):
         return self.inner.start(i, o, Origin(lambda: origin().mT), gen, given)
 

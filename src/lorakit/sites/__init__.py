@@ -18,9 +18,10 @@ from lorakit.errors import LorakitError
 from lorakit.sites.layers import Conv1DSite, ConvSite, EmbeddingSite, ScaledEmbeddingSite, Site
 from lorakit.sites.parameters import OutProjectionSite, ParameterSite
 from lorakit.sites.rows import NO_ROWS, Batch, batch_of
+from lorakit.sites.whole import Call, WholeSite, whole_site
 
-__all__ = ["NO_ROWS", "SITES", "Batch", "Place", "Site", "adaptable", "batch_of", "check_caller", "fused", "linear_like", "named_as", "place", "plain",
-           "reads", "site_at", "site_for"]
+__all__ = ["NO_ROWS", "SITES", "Batch", "Call", "Place", "Site", "WholeSite", "adaptable", "batch_of", "check_caller", "fused", "linear_like", "named_as",
+           "place", "plain", "reads", "site_at", "site_for", "whole_site"]
 
 SITES: dict[str, type[Site]] = {
     "torch.nn.modules.linear.Linear": Site,
@@ -140,5 +141,7 @@ def site_for(module: nn.Module, path: str = "") -> Site:
                                    f"compute something else. Mend: name its parameter instead, target_parameters: [{path.rpartition('.')[2]}.weight], or "
                                    "register a Site for it in lorakit.sites.SITES")
             return SITES[name](module)
+    if kind := whole_site(module):
+        return kind(module)
     known = ", ".join(n.rsplit(".", 1)[1] for n in SITES)
     raise LorakitError(f"{path or 'this module'} is a {cls.__name__}; adapters can be put on {known}, and on any parameter by name (target_parameters)")

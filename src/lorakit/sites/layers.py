@@ -28,6 +28,7 @@ class Site:
     channel = -1  # the dimension of inputs and outputs that holds the channels
     read = False  # its module reads it; nothing calls it
     stack: tuple[int, ...] = ()  # how many matrices lie in one parameter
+    whole = ""  # no layer but a module that a method goes around: "model", "attention"
     bias_name: str | None = "bias"
 
     def __init__(self, module: nn.Module):

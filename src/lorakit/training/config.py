@@ -33,6 +33,7 @@ class Data(Part):
     train: str = Field(..., description="file, folder or hub name: JSONL, JSON, CSV, Parquet, text")
     eval: str | None = Field(None, description="held-out data; without it a part of `train` is held out")
     eval_fraction: float = Field(0.1, ge=0, lt=1, description="share of `train` held out when there is no `eval`; 0: none")
+    split_seed: int | None = Field(None, ge=0, description="which rows `eval_fraction` holds out; default: train's seed")
     split: str | None = Field(None, description="split of the training source")
     eval_split: str | None = Field(None, description="split of the evaluation source")
     shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "classification"] = Field(

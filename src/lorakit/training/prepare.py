@@ -63,7 +63,7 @@ def _hold_out(rows: list[dict], shape: str, run: Run) -> tuple[list[dict], list[
         text = rows[0]["text"]
         cut = text.rfind("\n", 0, int(len(text) * (1 - run.data.eval_fraction))) + 1 or int(len(text) * (1 - run.data.eval_fraction))
         return [{"text": text[:cut]}], [{"text": text[cut:]}]
-    return d.split(rows, run.data.eval_fraction, run.train.seed)
+    return d.split(rows, run.data.eval_fraction, run.train.seed if run.data.split_seed is None else run.data.split_seed)
 
 
 def describe(p: Prepared) -> str:

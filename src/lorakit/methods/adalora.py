@@ -1,0 +1,43 @@
+"""AdaLoRA's parametrisation. Zhang et al., 2023, arXiv 2303.10512.
+
+    W' = W + s P diag(λ) Q,   s = alpha / (r + 1e-5)        (alpha of zero or less: s = r / (r + 1e-5))
+
+Q (r, i), P (o, r) and λ (r, 1) train; P and Q start normal with deviation 0.02, λ at zero, so W' = W at step 0. r is the rank at the beginning
+and stays in the scale however many λ are pruned later. As in PEFT the keys have no `.weight`. `penalty` is the orthogonality term of one layer,
+the mean of the un-squared norms as in both public codes (the paper prints squares); who adds it, and who prunes, is the training's business.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lorakit.method import Leaf, LowRank, Params, check_rank, method, normal, zeros
+
+
+@method("adalora", title="AdaLoRA", paper="2303.10512", formula="W + s P diag(λ) Q", laws=("rank<=r", "identity"))
+class AdaLoRA(LowRank):
+    r: int = 12  # rank at the beginning, of which training prunes a part
+    alpha: float = 8.0  # strength: the update is scaled by alpha / r
+
+    Q = Leaf("r i", normal(0.02), key="lora_A")
+    P = Leaf("o r", normal(0.02), key="lora_B")
+    E = Leaf("r one", zeros, key="lora_E")
+
+    def __post_init__(self):
+        check_rank("adalora", self.r)
+
+    @classmethod
+    def examples(cls):
+        return [cls(3, 4.8), cls(2, -1.0)]
+
+    def dims(self, o, i):
+        return super().dims(o, i) | {"one": 1}
+
+    def factors(self, p):
+        s = (self.alpha if self.alpha > 0 else self.r) / (self.r + 1e-5)
+        return p["P"] * s, p["E"].squeeze(-1), p["Q"]
+
+    def penalty(self, p: Params) -> torch.Tensor:
+        """How far P and Q are from orthonormal."""
+        eye = torch.eye(self.r, dtype=p["P"].dtype, device=p["P"].device)
+        return ((p["P"].mT @ p["P"] - eye).norm() + (p["Q"] @ p["Q"].mT - eye).norm()) / 2

@@ -1,0 +1,90 @@
+"""FourierFT: a sparse spectrum. Gao et al., 2024, arXiv 2405.03003.
+
+    W' = W + alpha Re(ifft2(F)),   F (o, i) zero but for n entries c at random places
+
+c trains; the places are those of the first n of a random permutation drawn on the CPU with `random_loc_seed`, as in PEFT, so equal layers have equal
+places and a file holds c alone. Normal c changes the model at step 0 (PEFT's default); begin="zeros" does not. Of F and its mirror
+image only the sum matters. The update is a product of n cosines and n sines, cos(a + b) = cos a cos b - sin a sin b: that way is taken
+where n is small, else one real transform of half a spectrum, in at least float32.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import torch
+
+from lorakit.errors import LorakitError
+from lorakit.kernels.tensor_train import pays
+from lorakit.method import Additive, Leaf, choice, method, sizes
+
+
+@lru_cache(maxsize=256)
+def drawn(o: int, i: int, n: int, seed: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def draw():
+        at = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed))[:n]
+        u, v = at // i, at % i
+        row, col, of = torch.cat([u, -u % o]), torch.cat([v, -v % i]), torch.arange(n).repeat(2)
+        half = col <= i // 2
+        return tuple(t.to(device) for t in (u, v, (row * (i // 2 + 1) + col)[half], of[half]))
+
+    with ThreadPoolExecutor(1) as other:  # a thread of its own, where no vmap, inference mode or tracing is in force: the result is kept
+        return other.submit(draw).result()
+
+
+@torch.compiler.assume_constant_result
+def places(*which) -> tuple[torch.Tensor, ...]:
+    """Row and column of every entry (n), as PEFT draws them; and where in half a spectrum, o rows of i // 2 + 1, which entries meet."""
+    return drawn(*which)
+
+
+def spectrum(shape, method, origin, gen):
+    return torch.zeros(shape) if method.begin == "zeros" else torch.randn(shape, generator=gen)
+
+
+@method("fourierft", title="FourierFT", paper="2405.03003", formula="W + alpha Re(ifft2(F)), F sparse", laws=("rank<=min(2 * n_frequency, o, i)", "identity"))
+class FourierFT(Additive):
+    n_frequency: int = 1000  # how many entries of the spectrum train
+    alpha: float = 150.0  # strength (PEFT's scaling); one number of c moves W by at most alpha / (o i)
+    random_loc_seed: int = 777  # the seed of the places
+    begin: str = choice("normal", ("normal", "zeros"))  # where c starts; normal changes the model at step 0
+
+    c = Leaf("n_frequency", spectrum, key="fourierft_spectrum")
+    sizes = sizes()
+
+    def __post_init__(self):
+        if self.n_frequency < 1:
+            raise LorakitError(f"fourierft: n_frequency is at least 1, not {self.n_frequency}")
+
+    @classmethod
+    def examples(cls):
+        return [cls(40, 60.0, 5, "zeros"), cls(7, 40.0), cls(1, 90.0, 3)]
+
+    @property
+    def laws(self):
+        return self.card.laws if self.begin == "zeros" else self.card.laws[:1]
+
+    def unfit(self, site):
+        n, most = self.n_frequency, site.out * site.in_
+        return f"fourierft: n_frequency={n} is more than the {most} entries of the weight; mend: at most {most}" if n > most else None
+
+    def at(self, p):
+        return places(*p["sizes"].shape[-2:], self.n_frequency, self.random_loc_seed, p["c"].device)
+
+    def two(self, p):
+        o, i = p["sizes"].shape[-2:]
+        if not pays(4 * self.n_frequency, o, i):  # of rank 2 n, and twice that for making the tables
+            return None
+        u, v, _, _ = self.at(p)
+        c = p["c"] * (self.alpha / (o * i))
+        a = (torch.arange(o, device=c.device)[:, None] * u % o).to(c.dtype) * (2 * math.pi / o)  # (o, n)
+        b = (v[:, None] * torch.arange(i, device=c.device) % i).to(c.dtype) * (2 * math.pi / i)  # (n, i)
+        return torch.cat([a.cos() * c, -a.sin() * c], 1), torch.cat([b.cos(), b.sin()])
+
+    def delta(self, p, W):
+        (o, i), c = p["sizes"].shape[-2:], p["c"]
+        _, _, at, of = self.at(p)
+        F = c.new_zeros(o * (i // 2 + 1)).index_add(0, at, c[of] / 2).unflatten(0, (o, -1))
+        return torch.fft.irfft2(F, s=(o, i)) * self.alpha
