@@ -138,6 +138,7 @@ NAMES = set(METHODS) | set(INITS) | set(STORES) | set(RECIPES) | {n.rsplit(".", 
 HOME = {"recipes.py"}  # rows of names
 ALLOWED = {  # (file, word) -> why it is not a branch on a method's name
     ("formats/folder.py", "lora"): "a form to save in, beside `auto` and `native`",
+    ("methods/oft.py", "orthogonal"): "a law of the conformance suite, not the start of that name",
     ("methods/lora.py", "rslora"): "a scaling, which is this method's own field",
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 import lorakit
 from lorakit import LorakitError, host
 from lorakit.inits import INITS
-from lorakit.method import METHODS
+from lorakit.method import METHODS, Around
 from lorakit.methods.lora import LoRA
 from lorakit.methods.magnitude import Magnitude
 from lorakit.recipes import ALIASES, RECIPES, compose, find
@@ -83,7 +83,7 @@ def test_errors_name_the_nearest(options, why):
 def test_unknown_recipes_name_the_nearest():
     with pytest.raises(LorakitError, match=r"unknown method `dorra`; did you mean `dora`.* \(see: lorakit methods\)"):
         compose("dorra")
-    with pytest.raises(LorakitError, match="init gaussian sets the leaf A, which full does not have"):
+    with pytest.raises(LorakitError, match=r"init gaussian sets the leaf A \(r i\), which full does not have"):
         compose("full", init="gaussian")
     with pytest.raises(LorakitError, match="full has no option `r`"):
         compose("full", r=3)
@@ -106,24 +106,38 @@ def test_a_spec_goes_through_json_and_comes_back_equal(name):
     assert again == spec and again.to_dict() == spec.to_dict() and spec.recipe == name
 
 
+SIZES = {"vb-lora": {"vector_length": 4}, "fourierft": {"n_frequency": 40}}  # what a tiny model needs
+REFUSED = {("hra", 1), ("spectral-rotation", 1)}  # one reflection is not the identity, one direction cannot turn
+
+
 @pytest.mark.parametrize("r", [1, 2])
 @pytest.mark.parametrize("name", RECIPES)
 def test_ranks_one_and_two_work_from_start_to_file(name, r, tmp_path):
     """Where a rank of 1 means something it must work; all else must refuse by name."""
-    options = {"r": r} if hasattr(RECIPES[name].method.core, "r") else {}
+    core = RECIPES[name].method.core
+    options = ({"r": r} if hasattr(core, "r") else {}) | SIZES.get(name, {})
     build, targets = (tiny.opt, ["q_proj", "fc1"]) if name == "bitfit" else (tiny.llama, ["q_proj", "up_proj", "embed_tokens"])
-    model = lorakit.adapt(build(), name, **options, target_modules=targets)
+    options |= {} if isinstance(core, Around) or RECIPES[name].options.get("targets") == () else {"target_modules": targets}
+    if (name, r) in REFUSED:
+        with pytest.raises(LorakitError, match="need|mend"):
+            lorakit.adapt(build(), name, **options)
+        return
+    model = lorakit.adapt(build(), name, **options)
     base = tiny.logits(build())
-    assert float((tiny.logits(model) - base).abs().max()) < 1e-5, "step 0 is not the base"
+    core = next(iter(lorakit.adapters(model).values())).method.core
+    if "identity" in core.laws:
+        assert float((tiny.logits(model) - base).abs().max()) < 1e-5, "step 0 is not the base"
+    base = tiny.logits(model)
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):
         model.train()(tiny.ids(), labels=tiny.ids()).loss.backward()
         opt.step()
     y = tiny.logits(model.eval())
-    assert float((y - base).abs().max()) > 1e-4, "two steps changed nothing"
+    assert float((y - base).abs().max()) > 1e-5, "two steps changed nothing"
     lorakit.save(model, tmp_path)
     assert float((tiny.logits(lorakit.load(build(), tmp_path)) - y).abs().max()) < 1e-5
-    assert float((tiny.logits(lorakit.merged(model)) - y).abs().max()) < 1e-4
+    if core.mergeable != "no":
+        assert float((tiny.logits(lorakit.merged(model)) - y).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if hasattr(r.method.core, "r")])
@@ -132,7 +146,7 @@ def test_a_rank_above_the_width_is_allowed_or_refused_by_name(name):
     try:
         lorakit.adapt(model, name, r=6, target_modules=["0"])
     except LorakitError as e:
-        assert "fit" in str(e) and "mend" in str(e)
+        assert ("fit" in str(e) or "divide" in str(e)) and "mend" in str(e)
     else:
         assert model(torch.ones(1, 3)).shape == (1, 4)
 
@@ -159,7 +173,8 @@ def test_every_registered_method_has_a_card():
         assert cls.name == name and cls.card.title and cls.card.formula, name
         if not name.startswith("probe"):
             doc = __import__(cls.__module__, fromlist=["x"]).__doc__
-            assert doc and "W'" in doc, f"{name}: its file does not open with its formula"
+            sign = "W'" if cls.mergeable != "no" else " = "
+            assert doc and sign in doc, f"{name}: its file does not open with its formula"
 
 
 def test_unset_options_do_not_override_a_recipe():

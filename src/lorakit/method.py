@@ -206,6 +206,10 @@ class Method(ABC):
     def derive(self, p: Params, W: Thunk) -> None:
         """Sets the derived leaves from the base; called before `settle`, and again wherever the adapter is loaded."""
 
+    def for_files(self, p: Params) -> tuple[Method, Params]:
+        """What a finished adapter is saved as: a simpler method of the same function, where training had more than use needs."""
+        return self, p
+
     def from_file(self, shapes: dict[str, tuple[int, ...]]) -> Method:
         """This method with the fields that a file's tensor shapes (canonical layout) decide."""
         return self

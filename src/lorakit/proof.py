@@ -162,7 +162,7 @@ def _effect(out: Report, folder: Folder, model: nn.Module, name: str) -> bool:
         some = f"; {len(zero)} of {len(table)} are zero, e.g. {zero[0]}" if zero else ""
         big = max(table.items(), key=lambda kv: kv[1]["delta_norm"] / kv[1]["base_norm"] if kv[1]["base_norm"] else 0.0)
         out.add("effect", True, f"|dW| > 0 in {len(table) - len(zero)} modules, largest share {big[1]['delta_norm'] / max(big[1]['base_norm'], 1e-30):.2%} "
-                f"of |W| in {big[0]}{some}")
+                f"of |W| in {big[0] or 'the model'}{some}")
     for p, row in (folder.receipt or {}).get("modules", {}).items():
         if p in folder.methods and folder.methods[p].replaces:  # a whole copy: its distance to a fresh random head means nothing
             continue

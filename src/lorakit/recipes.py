@@ -12,11 +12,13 @@ from lorakit.errors import LorakitError, near
 from lorakit.inits import INITS
 from lorakit.method import Method
 from lorakit.methods.adalora import AdaLoRA
+from lorakit.methods.adaption_prompt import AdaptionPrompt
 from lorakit.methods.aflora import AFLoRA
 from lorakit.methods.bat import Bat
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.boft import BOFT
 from lorakit.methods.bottleneck import Bottleneck
+from lorakit.methods.cpt import CPT
 from lorakit.methods.diff_pruning import DiffPruning
 from lorakit.methods.flora import FLoRA
 from lorakit.methods.fourierft import FourierFT
@@ -38,8 +40,10 @@ from lorakit.methods.miss import MiSS
 from lorakit.methods.nola import NOLA
 from lorakit.methods.oft import OFT
 from lorakit.methods.poly import Poly
+from lorakit.methods.prefix import Prefix
 from lorakit.methods.prompt import Prompt
-from lorakit.methods.singular_values import SVDiff
+from lorakit.methods.ptuning import PTuning
+from lorakit.methods.svdiff import SVDiff
 from lorakit.methods.sora import SoRA
 from lorakit.methods.sparse_lora import SparseLoRA
 from lorakit.methods.spectral import Spectral
@@ -120,6 +124,13 @@ RECIPES: dict[str, Recipe] = {
     "structured-lora": Recipe(LowRankSparse(), "Structured LoRA", "", "W + s B A + S, S sparse", aliases=("low-rank-sparse",)),
     "diff-pruning": Recipe(DiffPruning(), "Diff pruning", "2012.07463", "W + g z ∘ w, z between 0 and 1", aliases=("diffpruning",)),
     "prompt-tuning": Recipe(Prompt(), "prompt tuning", "2104.08691", "model([P; E(x)])", options={"targets": "model"}),
+    "p-tuning": Recipe(PTuning(), "P-tuning", "2103.10385", "model([f(E_p); E(x)]), f an MLP or an LSTM", options={"targets": "model"}),
+    "prefix-tuning": Recipe(Prefix(), "prefix tuning", "2101.00190", "softmax(q [P_k; K]ᵀ) [P_v; V] in every layer", options={"targets": "model"}),
+    "adaption-prompt": Recipe(AdaptionPrompt(), "adaption prompt, as PEFT has it", "2303.16199", "y + g softmax(q (P Wkᵀ)ᵀ) (P Wvᵀ) Woᵀ",
+                              options={"targets": "attention-blocks"}),
+    "llama-adapter": Recipe(AdaptionPrompt(gate="heads"), "LLaMA-Adapter", "2303.16199", "y + tanh(g_h) softmax(q (P Wkᵀ)ᵀ) (P Wvᵀ) Woᵀ",
+                            options={"targets": "attention-blocks"}),
+    "cpt": Recipe(CPT(), "context-aware prompt tuning", "2410.17222", "model([E(context) + D; E(x)]), every row of D short", options={"targets": "model"}),
     "full": Recipe(Full(), "full fine-tuning of the targets", "", "V", aliases=("full-fine-tuning",)),
     "bitfit": Recipe(BitFit(), "BitFit", "2106.10199", "W; b -> c"),
 }
@@ -129,6 +140,8 @@ ALIASES = {  # how configurations in the wild spell our fields
     "lora_target_modules": "targets", "lora_target": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers",
     "init_lora_weights": "init", "target_parameters": "parameters", "trainable_token_indices": "tokens", "ensure_weight_tying": "tie",
     "oft_block_size": "block_size", "boft_block_size": "block_size", "boft_block_num": "r", "boft_n_butterfly_factor": "factors", "apply_GS": "gram_schmidt",
+    "prefix_projection": "projection", "encoder_hidden_size": "hidden", "encoder_num_layers": "lstm_layers", "cpt_token_ids": "token_ids",
+    "cpt_tokens_type_mask": "types",
 }
 _SWITCHES = ("use_dora", "use_rslora")
 _LISTS = {"feedforward_modules": ("side", "in")}  # options that list the modules on which a field has another value
@@ -163,6 +176,8 @@ def compose(recipe: str | Spec | Method = "lora", **options: Any) -> Spec:
             names = options.pop(k)
             at = dict.fromkeys([names] if isinstance(names, str) else names, value)
             options["patterns"] = {**spec.patterns, **options.get("patterns", {}), name: at}
+    if "adapter_layers" in options:
+        options["layers"] = f"last-{options.pop('adapter_layers')}"
     if options.get("parameters"):
         options.setdefault("targets", ())  # what was named is what is meant
     method = spec.method
@@ -189,6 +204,9 @@ def _known(method: Method, name: str, others: set[str]) -> None:
 
 
 def _plain(name: str, value: Any) -> Any:
+    if name == "prompt" and isinstance(value, (str, Mapping)):
+        told = {"method": value} if isinstance(value, str) else dict(value)
+        return compose(told.pop("method"), **told).method
     if name in ("freeze", "modules_to_save", "parameters") and isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value

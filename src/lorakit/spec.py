@@ -13,14 +13,14 @@ from torch import nn
 from lorakit import host
 from lorakit.errors import LorakitError, near
 from lorakit.inits import INITS
-from lorakit.method import Method, method_from_dict
+from lorakit.method import Around, Method, method_from_dict
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
 from lorakit.methods.offset import Offset
 from lorakit.methods.tokens import Tokens
 from lorakit.methods.trained_bias import TrainedBias
 from lorakit.sites import adaptable, named_as, site_at
-from lorakit.targets import classifier, select, select_parameters, suffixes
+from lorakit.targets import AROUND, classifier, select, select_parameters, suffixes
 
 _PATH = re.compile(r"\^?[\w\-]+(?:\.[\w\-]+)*")  # a pattern that is only a path, or the end of one
 _SEPARATOR = re.compile(r"[\W_]")
@@ -52,6 +52,7 @@ class Spec:
     storage: str = "offset"  # a start whose delta is not zero: kept as frozen copies, taken out of the base, or left in
     seed: int = 0
     recipe: str = ""
+    prompt: Method | None = None  # a method around the model, beside it and in one adapter with it
 
     def __post_init__(self):
         if not 0 <= self.dropout < 1:
@@ -60,6 +61,8 @@ class Spec:
             raise LorakitError(f"init storage: unknown `{self.storage}`{near(self.storage, STORAGES)}")
         if self.bias not in BIASES:
             raise LorakitError(f"bias: unknown `{self.bias}`{near(self.bias, BIASES)}")
+        if self.prompt is not None and not isinstance(self.prompt, Around):
+            raise LorakitError(f"prompt: {self.prompt.name} does not go around a model; mend: prompt-tuning, prefix-tuning, …")
         for leaf in self.freeze:
             if leaf not in self.method.leaves:
                 raise LorakitError(f"freeze: {self.method.name} has no leaf `{leaf}`{near(leaf, self.method.leaves)}")
@@ -86,8 +89,11 @@ class Spec:
             for path, value in hits.items():
                 plan[path] = plan[path].having(**{name: value})
         plan = {p: m.on(site_at(modules, p)) if type(m.core).on is not Method.on else m for p, m in plan.items()}
+        if self.prompt is not None:
+            words = {kind: word for word, kind in AROUND.items()}
+            plan |= {p: self.prompt.on(site_at(modules, p)) for p in select(model, words[self.prompt.around_a])}
         if self.bias != "none":
-            plan = {p: TrainedBias(m) for p, m in plan.items()}
+            plan = {p: m if isinstance(m, Around) else TrainedBias(m) for p, m in plan.items()}
         plan |= kept
         return plan | (_biases(model, plan) if self.bias == "all" else {})
 
@@ -125,12 +131,13 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()} | {"method": self.method.to_dict()}
+        nested = {"method": self.method.to_dict(), "prompt": self.prompt and self.prompt.to_dict()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()} | nested
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Spec:
         d = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-        return cls(**d | {"method": method_from_dict(d["method"])})
+        return cls(**d | {k: method_from_dict(d[k]) for k in ("method", "prompt") if d.get(k)})
 
 
 def _whole(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -175,8 +175,11 @@ def select(model: nn.Module, targets: str | Sequence[str] = "all-linear", exclud
         gone = set(_by(model, exclude, every, "exclude_modules"))
         out = [n for n in out if n not in gone]
     if layers is not None:
-        keep = layer_numbers(layers)
         there = {layer_index(n, layers_pattern) for n in out}
+        last = re.fullmatch(r"last-(\d+)", layers) if isinstance(layers, str) else None
+        keep = set(sorted(t for t in there if t is not None)[-int(last[1]) :]) if last else layer_numbers(layers)
+        if last and len(keep) < int(last[1]):
+            raise LorakitError(f"layers: {layers} of {len(keep)} layers with a target")
         if missing := sorted(keep - there):
             raise LorakitError(f"layers_to_transform: no target in layer {missing[0]}; there are layers "
                                f"{min((t for t in there if t is not None), default='none')} to {max((t for t in there if t is not None), default='none')}")

@@ -34,9 +34,9 @@ Each cell with each seed is a run folder, made in a process of its own, so that 
 libraries in it) and a failure is a row with its error. Time is that of the training steps alone. `saved` is what the forward pass of
 one training batch keeps for the backward pass, to the byte; `merge loss` is how far the logits move when the adapter is merged, as a
 share of them. With --jobs 2, or with the same command started a second time, cells run at the same time, each in one process; times
-are then those of a shared machine. Intervals are Student's; differences are paired by seed and corrected for all pairs (Holm); what is
-not distinguishable is called so. A token budget ends at the first step that reaches it. The folder holds `report.html` (one file that
-needs no other), `comparison.md`, `comparison.csv` and `comparison.json`.
+are then those of a shared machine (CPU time, in the report and the CSV, suffers less). Intervals are Student's; differences are paired
+by seed and corrected for all pairs (Holm); what is not distinguishable is called so. A token budget ends at the first step that reaches
+it. The folder holds `report.html` (one file that needs no other), `comparison.md`, `comparison.csv` and `comparison.json`.
 """
 
 from __future__ import annotations

@@ -81,9 +81,9 @@ def _columns(record: dict[str, Any]) -> list[tuple[str, str, str, Any]]:
         out.append((k, k.replace("_", " "), "", lambda c, k=k: human(c["metrics"].get(k))))
     if any(c["forgetting"] is not None for c in cells):
         out.append(("forgetting", "forgetting", "", lambda c: table.pm(c["forgetting"], c.get("forgetting_half"), "+")))
-    for key, head, unit in (("train_seconds", "time", "seconds"), ("tokens_per_second", "tokens/s", "count"), ("peak_memory_bytes", "peak memory", "bytes"),
-                            ("saved_bytes", "saved for backward", "bytes"), ("trainable", "trained", "count"), ("adapter_bytes", "size", "bytes"),
-                            ("merge_loss", "merge loss", "number")):
+    for key, head, unit in (("train_seconds", "time", "seconds"), ("cpu_seconds", "CPU time", "seconds"), ("tokens_per_second", "tokens/s", "count"),
+                            ("peak_memory_bytes", "peak memory", "bytes"), ("saved_bytes", "saved for backward", "bytes"),
+                            ("trainable", "trained", "count"), ("adapter_bytes", "size", "bytes"), ("merge_loss", "merge loss", "number")):
         out.append((key, head, "tok" * (key == "tokens_per_second"), lambda c, key=key, unit=unit: human(c[key], unit)))
     word = {True: "pass", False: '<b class="bad">FAIL</b>', None: "—"}
     return [*out, ("verify", "verified", "", lambda c: word[c["verify"]])]
@@ -160,15 +160,26 @@ def _words(record: dict[str, Any]) -> str:
 
 
 def _plots(record: dict[str, Any]) -> str:
-    out = ""
+    out, name_y = "", record["metric"].replace("_", " ")
+    far = _far(record["cells"])
     for word, (name, unit) in AXES.items():
         points = [{"name": c["cell"], "x": c[table.FRONTS[word]], "y": c["mean"], "half": c["half"]} for c in record["cells"]
-                  if c["mean"] is not None and math.isfinite(c["mean"]) and c[table.FRONTS[word]] is not None]
+                  if c["mean"] is not None and math.isfinite(c["mean"]) and c[table.FRONTS[word]] is not None and c["cell"] not in far]
         front = record["pareto"].get(word, [])
         if points:
-            out += (f'<figure>{charts.scatter(points, front, record["higher_is_better"], name, unit, record["metric"].replace("_", " "), f"plot-{word}")}'
-                    f"<figcaption>On the front of {esc(name)}: <b>{esc(', '.join(front)) or '—'}</b></figcaption></figure>")
+            away = "".join(f" Outside of the picture: {esc(n)} ({esc(name_y)} {human(y)})." for n, y in far.items())
+            out += (f'<figure>{charts.scatter(points, front, record["higher_is_better"], name, unit, name_y, f"plot-{word}")}'
+                    f"<figcaption>On the front of {esc(name)}: <b>{esc(', '.join(front)) or '—'}</b>.{away}</figcaption></figure>")
     return f'<div class="plots">{out}</div>'
+
+
+def _far(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """Untouched bases that would press all the others together: farther from them than they are apart."""
+    some = [c["mean"] for c in cells if c["kind"] != "none" and c["mean"] is not None and math.isfinite(c["mean"])]
+    if len(some) < 2:
+        return {}
+    low, high = min(some), max(some)
+    return {c["cell"]: c["mean"] for c in cells if c["kind"] == "none" and c["mean"] is not None and not 2 * low - high <= c["mean"] <= 2 * high - low}
 
 
 def _curves(record: dict[str, Any]) -> str:

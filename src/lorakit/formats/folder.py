@@ -17,7 +17,7 @@ from lorakit.formats import peft
 from lorakit.formats.files import read_json, reading, sha256, writing
 from lorakit.formats.receipt import compare_bases, digest, fingerprint, modules_table, probe, probe_record, versions
 from lorakit.maps import each
-from lorakit.method import Method
+from lorakit.method import Around, Method
 from lorakit.methods.lora import LoRA
 from lorakit.methods.offset import Offset
 from lorakit.sites import place
@@ -70,7 +70,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
 
 def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], receipt: dict[str, Any]) -> None:
     with writing(path) as out:
-        save_file(tensors, str(out.path(peft.TENSORS)), metadata={"format": "pt"})
+        save_file(peft.written(config, tensors), str(out.path(peft.TENSORS)), metadata={"format": "pt"})
         out.json(peft.CONFIG, config)
         receipt["files"] = {n: sha256(path / f".lorakit-tmp-{n}") for n in (peft.TENSORS, peft.CONFIG)}
         out.json(peft.RECEIPT, receipt)
@@ -111,8 +111,12 @@ class Export:
             if name in slot.tied:
                 continue
             method, p = _with_start(slot, name)
+            if slot.absorbed and slot.absorbed.adapter == name and slot.absorbed.written:
+                self.converted.append(path)
             if form == "lora" or (form == "auto" and method.plain_in_files):
                 method, p = self._lora(slot, method, p, must=form == "lora")
+            elif form == "auto":
+                method, p = method.for_files(p)
             self.methods[path], params[path] = method, p
         files = peft.file_paths(dict(model.named_modules()), self.methods)
         fits = files is not None and peft.carries_ties(slots, name) and all(slots[p].site.common(m.to_peft() or {}) for p, m in self.methods.items())
@@ -147,9 +151,11 @@ def _two(slot: host.Slot, method: Method, p: Mapping[str, Tensor]) -> tuple[Tens
 
 
 def _with_start(slot: host.Slot, name: str) -> tuple[Method, dict[str, Tensor]]:
-    """An adapter whose start went into the base is written as an offset one, which the untouched base can carry."""
+    """An adapter that changed the base in memory is written as one that the untouched base can carry: its start as an offset."""
     method, p = slot.methods[name], slot.params(name)
     if slot.absorbed and slot.absorbed.adapter == name:
+        if slot.absorbed.written:
+            return slot.absorbed.written(slot, method, p)
         return method.over_core(Offset), p | {f"{k}0": v for k, v in slot.absorbed.p0.items()}
     return method, p
 
@@ -192,7 +198,7 @@ class Folder:
             raise LorakitError(f"there is no adapter folder {self.path}{near(self.path.name, there, listing=False) if there else ''}")
         with reading(self.path):
             self.config = read_json(self.path / peft.CONFIG)
-            self.tensors = peft.read_tensors(self.path / peft.TENSORS)
+            self.tensors = peft.read_tensors(self.path / peft.TENSORS, self.config)
             receipt = self.path / peft.RECEIPT
             self.receipt = read_json(receipt) if receipt.is_file() else None
             written = (self.receipt or {}).get("files", {})
@@ -216,6 +222,7 @@ class Folder:
     @property
     def spec(self) -> Spec:
         main = [m for m in self.methods.values() if not m.replaces and not m.follows] or list(self.methods.values())
+        main.sort(key=lambda m: isinstance(m, Around))  # what stands around the model is beside the rest
         extra = Spec.from_dict(self.receipt["spec"]) if self.receipt else None
         kept = {} if extra is None else {"freeze": tuple(f for f in extra.freeze if f in main[0].leaves), "recipe": extra.recipe, "seed": extra.seed}
         return Spec(main[0], tuple(p for p, m in self.methods.items() if not m.replaces), tie=bool(self.config.get("ensure_weight_tying")),
@@ -278,6 +285,8 @@ def put_tensors(model: nn.Module, name: str, given: Mapping[str, Tensor], own: b
         del tensors[k]
     copies = {k: tensors.pop(k) for k in ({} if own else peft.tied_copies(slots, name)) if k in tensors}
     _same_start(model, name, tensors, where)
+    if taken := _same_rounds(model, name, tensors, where):
+        places = {k: v for k, v in places.items() if v[0].path not in taken}
     missing = [k for k in places if k not in tensors]
     unused = [k for k in tensors if k not in places]
     if missing:
@@ -302,12 +311,23 @@ def put_tensors(model: nn.Module, name: str, given: Mapping[str, Tensor], own: b
 def _same_start(model: nn.Module, name: str, tensors: dict[str, Tensor], where: Path) -> None:
     """Takes out the frozen copies of a start that is in this model's base already, after checking that it is the same start."""
     for path, slot in host.slots(model, name).items():
-        if slot.absorbed and slot.absorbed.adapter == name:
+        if slot.absorbed and slot.absorbed.adapter == name and not slot.absorbed.written:
             written = slot.methods[name].over_core(Offset)
             for leaf, t in slot.absorbed.p0.items():
                 key = f"{peft.PREFIX}{path}.{written.key(f'{leaf}0', slot.site.lookup)}"
                 if key not in tensors or not torch.equal(slot.site.unpack(tensors.pop(key), written.leaves[f"{leaf}0"].axes).to(t), t):
                     raise LorakitError(f"{where}: `{key}` is not the start that was taken out of this base; mend: the same seed and init as then")
+
+
+def _same_rounds(model: nn.Module, name: str, tensors: dict[str, Tensor], where: Path) -> set[str]:
+    """Targets whose base has taken in rounds of training and whose leaves are set with them; takes their tensors out, after checking them."""
+    taken = {p for p, s in host.slots(model, name).items() if s.absorbed and s.absorbed.adapter == name and s.absorbed.written}
+    here = Export(model, name).tensors if taken else {}
+    for k in [k for k in tensors if k.startswith(tuple(f"{peft.PREFIX}{p}." for p in taken))]:
+        if k not in here or not torch.equal(here[k].to(tensors[k]), tensors.pop(k)):
+            raise LorakitError(f"{where}: `{k}` is not what the rounds of training that this base holds amount to; mend: the hooks' state that was "
+                               "saved beside it")
+    return taken
 
 
 def _and(keys: Sequence[str]) -> str:

@@ -95,6 +95,9 @@ def file_paths(modules: Mapping[str, nn.Module], methods: Mapping[str, Method]) 
     the order in which the module has them.
     """
     out: dict[str, str] = {}
+    ends = {p.rpartition(".")[2] for p, m in methods.items() if isinstance(m, Around) and p}
+    if ends and (len(ends) > 1 or [p for p in modules if p.rpartition(".")[2] in ends][-len(methods) :] != list(methods)):
+        return None  # PEFT goes around the attentions of the last layers
     owners: dict[str, dict[str, str]] = {}
     for path, m in methods.items():
         at = None if m.replaces else place(modules, path)
@@ -127,13 +130,23 @@ def real_path(modules: Mapping[str, nn.Module], config: Mapping[str, Any], path:
     return mine[len(mine) - 1 - nested] if nested < len(mine) and not (plain(modules[core]) and mine == [f"{core}.weight"]) else path
 
 
+def outside(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT keeps this adapter beside the model and not inside, so that its other keys lack `model.`."""
+    return config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
+
+
+def written(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the keys that PEFT's file has for this configuration."""
+    return {k.replace(PREFIX, "base_model.", 1) if outside(config) else k: t for k, t in tensors.items()}
+
+
 def own_format(methods: Mapping[str, Method], fits: bool) -> bool:
     """Whether PEFT has no configuration that says all of this."""
     configs = [m.to_peft() for m in methods.values() if not m.replaces]
     if not fits or any(c is None for c in configs):
         return True
     if any(isinstance(m, Around) for m in methods.values()):
-        return len({str(c) for c in configs}) > 1 or any(m.replaces for m in methods.values())
+        return len({str(c) for c in configs}) > 1 or any(m.replaces and not outside(configs[0]) for m in methods.values())
     main = [c for c in configs if "r" in c]
     return not main or len({_kind(c) for c in main}) > 1
 
@@ -147,7 +160,9 @@ def config_of(spec: Spec, model: nn.Module, methods: Mapping[str, Method], base:
     modules = dict(model.named_modules())
     if around := {p: m for p, m in methods.items() if isinstance(m, Around)}:
         path, method = next(iter(around.items()))
-        return {"auto_mapping": None, "modules_to_save": None} | common | site_at(modules, path).peft() | method.to_peft() | {"peft_version": "0.21.2"}
+        saved = sorted({(p if p in modules else place(modules, p).owner).rpartition(".")[2] for p, m in methods.items() if m.replaces})
+        told = {"auto_mapping": None, "modules_to_save": saved or None} | common | site_at(modules, path).peft() | method.to_peft() | {"peft_version": "0.21.2"}
+        return told | ({"adapter_layers": len(around)} if "adapter_layers" in told else {})
     every = {p: m.to_peft() for p, m in methods.items() if not m.replaces}
     configs = {p: c for p, c in every.items() if "r" in c}
     most = {k: Counter(c[k] for c in configs.values()).most_common(1)[0][0] for k in ("r", "lora_alpha")}
@@ -181,15 +196,15 @@ def _shortest(adapted: list[str], every: list[str]) -> list[str]:
     return sorted(last) if {p for p in every if p.rsplit(".", 1)[-1] in last} == set(adapted) else sorted(adapted)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. LorakitError when it is missing, truncated or something else."""
+def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, all keys as of an adapter inside the model. LorakitError when it is missing, truncated or something else."""
     if not path.is_file():
         pickled = path.with_name("adapter_model.bin")
         hint = "; there is a pickle (adapter_model.bin), which lorakit never opens: convert it to safetensors first" if pickled.exists() else ""
         raise LorakitError(f"{path.parent}: there is no {path.name}{hint}")
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+            return {k.replace("base_model.", PREFIX, 1) if outside(config) else k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, RuntimeError) as e:
         raise LorakitError(f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {e}") from None
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from lorakit.hooks.base import HOOKS, Hook, hook
-from lorakit.hooks.lora_plus import LoRAPlus
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["HOOKS", "Hook", "LoRAPlus", "hook"]
+for _found in iter_modules(__path__):
+    import_module(f"{__name__}.{_found.name}")
+
+from lorakit.hooks.base import HOOKS, Hook, Hooks, build, hook, hooked  # noqa: E402
+from lorakit.hooks.lora_plus import LoRAPlus  # noqa: E402
+
+__all__ = ["HOOKS", "Hook", "Hooks", "LoRAPlus", "build", "hook", "hooked"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.host.hooked import check_blocks
 from lorakit.host.module import find_state, host, host_class, known, slots, state_of, unhost, walk
-from lorakit.host.slot import Absorbed, Slot, State
+from lorakit.host.slot import Absorbed, Slot, State, Written
 from lorakit.maps import Base, each
 from lorakit.method import Around, Method, Origin, Params
 from lorakit.sites import Site, place
@@ -168,7 +168,7 @@ def _begin(slot: Slot, name: str, method: Method, mine: Params, start, absorb: b
     for n in many if start else ():
         start(method.core, p[n], origin(n), gen)
     if absorb:
-        _absorb(slot, name, method.core, _stacked(method, [{k: q[k].clone() for k in method.core.leaves if k in q} for q in p], site))
+        absorb_start(slot, name, method.core, _stacked(method, [{k: q[k].clone() for k in method.core.leaves if k in q} for q in p], site))
         whole.clear()
     for n in many:
         method.settle(p[n], origin(n))
@@ -180,16 +180,53 @@ def _stacked(method: Method, p: list[Params], site: Site) -> Params:
 
 
 @torch.no_grad()
-def _absorb(slot: Slot, name: str, core: Method, p0: Params) -> None:
+def absorb_start(slot: Slot, name: str, core: Method, p0: Params) -> None:
     """base := base - delta(p0), keeping the untouched base aside."""
     if slot.absorbed:
         raise LorakitError(f"adapter `{slot.absorbed.adapter}` already changed this base; two such starts disagree about it. "
                            "Mend: storage: offset, which leaves the base alone")
+    _absorb(slot, name, core, p0)
+
+
+@torch.no_grad()
+def absorb(slot: Slot, name: str, undo: Method, p: Params, written: Written) -> None:
+    """base := untouched base - delta(p), in place of what this adapter took in before; written: how the adapter is then saved.
+
+    The change is made anew on the untouched base each time, so that roundings do not add up.
+    """
+    site, before = slot.site, slot.absorbed
+    if before and (before.adapter != name or before.written is None):
+        raise LorakitError(f"{slot.path}: the start of adapter `{before.adapter}` already changed this base, so nothing more can be taken into it; mend: "
+                           "storage: offset, or a start that is zero")
+    if not site.store.writable or site.store.eps:
+        raise LorakitError(f"{slot.path}: its weight is quantised, so what is taken into it would be rounded away; mend: a base that is not quantised")
+    give_back(slot, name)
+    _absorb(slot, name, undo, p, written)
+
+
+def give_back(slot: Slot, name: str) -> None:
+    """Takes out of the base what `absorb` took in: the very weight from before."""
+    if slot.absorbed and slot.absorbed.adapter == name and slot.absorbed.written:
+        slot.site.store.put(slot.absorbed.kept)
+        slot.absorbed = None
+
+
+def _absorb(slot: Slot, name: str, core: Method, p0: Params, written: Written | None = None) -> None:
     site, kept = slot.site, slot.site.store.take()
     W = Base(site).weight()
     p0 = {k: v.to(W.device) for k, v in p0.items()}
     site.store.write(site.unview(W - (each(site, core, core.weight, p0, W) - W)))
-    slot.absorbed = Absorbed(name, core, p0, kept)
+    slot.absorbed = Absorbed(name, core, p0, kept, written)
+
+
+@torch.no_grad()
+def restart(slot: Slot, name: str, gen: torch.Generator) -> None:
+    """The leaves of the innermost method at their own start again, in place; those that wrappers add stay."""
+    core = slot.methods[name].core
+    p = _begin(slot, name, core, {}, None, False, gen, False)
+    for k, t in slot.parameters(name).items():
+        if k in p:
+            t.copy_(p[k])
 
 
 def _strip(modules: Mapping[str, nn.Module], name: str, on: Mapping[str, Slot]) -> None:

@@ -130,7 +130,7 @@ def host(modules: Mapping[str, nn.Module], state: State, path: str) -> Slot:
     if at is None:
         raise LorakitError(f"the model has no module or parameter `{path}`{near(path, [n for n in modules if n])}")
     module = modules[at.owner]
-    mixin = Reader if at.key else module.mixin if isinstance(module, Whole) or not whole_site(module) else Whole
+    mixin = Reader if at.key else Whole if isinstance(module, Whole) or whole_site(module) else Layer
     if isinstance(module, Host) and module.mixin is not mixin:
         raise LorakitError(f"{path}: another adapter is on {'the layer itself' if at.key else 'a parameter of this layer'}; mend: target the same of the two")
     if isinstance(module, Host) and (slot := slot_in(module, at.key)):

@@ -54,14 +54,21 @@ class Holder(nn.Module):
     """Carries the leaves of a parameter's adapters, as a child of the module that reads the parameter."""
 
 
+Written = Callable[["Slot", Method, Params], tuple[Method, Params]]  # an adapter and its leaves, as they say all of it on the untouched base
+
+
 @dataclass
 class Absorbed:
-    """An adapter whose start was taken out of the base weight; `kept` puts the untouched base back."""
+    """What an adapter changed of the base weight in memory: core with p0 makes the untouched one of it; `kept` puts that back to the bit.
+
+    It is a start that was taken out, or, with `written`, what training has taken in so far.
+    """
 
     adapter: str
     core: Method
     p0: Params
     kept: object
+    written: Written | None = None
 
 
 class Slot:

@@ -36,7 +36,7 @@ class MiSS(LowRank):
     def unfit(self, site):
         if self.mini_r and site.out % self.mini_r:
             return f"miss: mini_r={self.mini_r} does not divide the {site.out} outputs; mend: one that does, or 0"
-        return f"miss: r={self.r} is more than the {site.in_} inputs; mend: at most {site.in_}" if self.r > site.in_ else None
+        return f"miss: r={self.r} does not fit {site.in_} inputs; mend: at most {site.in_}" if self.r > site.in_ else None
 
     def factors(self, p):
         o, i = p["sizes"].shape[-2:]

@@ -61,7 +61,7 @@ class Poly(LowRank):
         q = self.n_splits
         if site.read and self.mergeable == "no":
             return "poly needs the tasks of a batch, and this parameter is read, not called; mend: a fixed task"
-        return f"poly: {q} splits do not divide {site.out} outputs and {site.in_} inputs" if site.out % q or site.in_ % q else None
+        return f"poly: {q} splits do not divide {site.out} outputs and {site.in_} inputs; mend: n_splits that do" if site.out % q or site.in_ % q else None
 
     def mixed(self, p, Z):  # Z (…, q S) -> B (…, o, r), A (…, r, i)
         w = Z.sigmoid().unflatten(-1, (self.n_splits, self.n_skills))

@@ -3,7 +3,7 @@
     model([P; E(x)]) in place of model(E(x));   no weight changes, W' = W
 
 P (n, d) trains, n tokens of the embeddings' width d; encoders and decoders get it before the encoder's input. It starts at random rows
-of the embedding ("vocab"), at the tokens of a text ("text", with `tokens`: their ids, repeated or cut to n), at noise as large as the
+of the embedding ("vocab"), at the tokens of a text ("text", with `token_ids`, repeated or cut to n), at noise as large as the
 embedding's own ("scaled"), or at N(0, 1) as in PEFT ("random", many times larger than most embeddings). Never the base's function at step 0.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.method import Leaf, choice, method
-from lorakit.prompts import Prompted
+from lorakit.prompts import Prompted, check
 
 STARTS = ("random", "scaled", "vocab", "text")
 
@@ -25,7 +25,7 @@ def begin(shape, method, origin, gen):
     W = origin()  # (d, vocabulary)
     if method.start_at == "scaled":
         return torch.randn(shape, generator=gen) * W.square().mean().sqrt()
-    ids = torch.randint(W.shape[1], (n,), generator=gen) if method.start_at == "vocab" else torch.tensor((method.tokens * n)[:n])
+    ids = torch.randint(W.shape[1], (n,), generator=gen) if method.start_at == "vocab" else torch.tensor((method.token_ids * n)[:n])
     if int(ids.max()) >= W.shape[1]:
         raise LorakitError(f"prompt: there is no token {int(ids.max())}, the embedding has {W.shape[1]}")
     return W[:, ids].mT.contiguous().clone()
@@ -34,18 +34,17 @@ def begin(shape, method, origin, gen):
 @method("prompt", title="Prompt tuning", paper="2104.08691", formula="model([P; E(x)])")
 class Prompt(Prompted):
     num_virtual_tokens: int = 20  # n, learnt tokens
-    start_at: str = choice("random", STARTS)  # random: N(0, 1); scaled: noise of the embedding's size; vocab: random rows; text: those of `tokens`
-    tokens: tuple = ()  # ids of the text to start from
+    start_at: str = choice("random", STARTS)  # random: N(0, 1); scaled: noise of the embedding's size; vocab: random rows; text: those of `token_ids`
+    token_ids: tuple = ()  # ids of the text to start from
     copies: int = 1  # 2: PEFT keeps a second prompt for the decoder of an encoder and decoder, which it does not use
 
     P = Leaf("rows o", begin, key="prompt_embeddings")
 
     def __post_init__(self):
-        object.__setattr__(self, "tokens", tuple(self.tokens))
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
-            raise LorakitError(f"prompt: num_virtual_tokens must be a whole number of at least 1, not {self.num_virtual_tokens!r}")
-        if (self.start_at == "text") != bool(self.tokens):
-            raise LorakitError("prompt: start_at: text needs tokens, the ids of a text, and they mean nothing with another start")
+        object.__setattr__(self, "token_ids", tuple(self.token_ids))
+        check(self, "num_virtual_tokens")
+        if (self.start_at == "text") != bool(self.token_ids):
+            raise LorakitError("prompt: start_at: text needs token_ids, those of a text, and they mean nothing with another start")
 
     @classmethod
     def examples(cls):
@@ -61,7 +60,7 @@ class Prompt(Prompted):
         return p["P"][: self.num_virtual_tokens]
 
     def to_dict(self):
-        return super().to_dict() | {"tokens": list(self.tokens)}
+        return super().to_dict() | {"token_ids": list(self.token_ids)}
 
     def to_peft(self):
         return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.num_virtual_tokens, "prompt_tuning_init": "RANDOM",

@@ -7,6 +7,8 @@ No leaves of its own: on a tied head the leaves are the embedding's very tensors
 
 from __future__ import annotations
 
+import copy
+
 from lorakit.errors import LorakitError
 from lorakit.method import Method, Origin, Wrapper, method
 
@@ -48,7 +50,11 @@ class Transposed(Wrapper):
         return self.inner.shapes(i, o)
 
     def unfit(self, site):
-        return "a transposed update needs a layer that is called, not a convolution or a parameter" if site.slides or site.read else None
+        if site.slides or site.read:
+            return "a transposed update needs a layer that is called, not a convolution or a parameter"
+        flipped = copy.copy(site)
+        flipped.out, flipped.in_, flipped.lookup = site.in_, site.out, not site.lookup
+        return self.inner.unfit(flipped)
 
     def on(self, site):
         return self  # the inner method sees the transposed geometry

@@ -62,8 +62,25 @@ def shifted(given: dict[str, Any], n: int) -> dict[str, Tensor]:
     return {} if at is None else {"position_ids": at + n}
 
 
+def tail(call: Any, site: Any) -> Any:
+    """The call of a classifier that pools the last token it is not told is padding, which it cannot see in embeddings: with padding on the left."""
+    ids, pad = call.given.get("input_ids"), getattr(site.text, "pad_token_id", None)
+    if ids is None or pad is None or not site.pools_last or not bool((ids[:, -1] == pad).any()):
+        return call
+    t, given = ids.shape[1], call.given
+    steps = torch.arange(t, device=ids.device)
+    by = t - 1 - (steps * (ids != pad)).argmax(1, keepdim=True)  # (b, 1): how far each row moves to the right
+    at = (steps - by) % t
+    mask = given.get("attention_mask")
+    mask = (steps >= by).to(ids) if mask is None else mask.gather(1, at) * (steps >= by)
+    places = given.get("position_ids")
+    places = at if places is None else places.expand_as(at).gather(1, at)
+    return call.having(input_ids=ids.gather(1, at), attention_mask=mask, position_ids=places)
+
+
 def lengthen(call: Any, prompt: Tensor, site: Any) -> tuple[Any, int, int]:
     """The call with the prompt (n, o) in front; n; and how many tokens came in."""
+    call = tail(call, site)
     (b, t), n, given = width(call, site), len(prompt), call.given
     more: dict[str, Any] = masked(given, b, n) | ({} if site.pairs else shifted(given, n))
     if not call.first:

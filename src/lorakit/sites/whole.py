@@ -37,6 +37,11 @@ class WholeSite(Site):
 
     drops, bias_name = False, None
 
+    @property
+    def called(self) -> str:
+        """The name of the module's own class."""
+        return getattr(type(self.module), "own_class", type(self.module)).__name__
+
     def _names(self) -> None:
         cls = getattr(type(self.module), "own_class", type(self.module))
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -47,7 +52,7 @@ class WholeSite(Site):
         return Call(dict(zip(self.names, args, strict=False)) | kwargs)
 
     def op(self, x, M, bias=None):
-        raise LorakitError(f"a method goes around {type(self.module).__name__}; no matrix acts on its input")
+        raise LorakitError(f"a method goes around {self.called}; no matrix acts on its input")
 
     down = op
 
@@ -89,12 +94,24 @@ class ModelSite(WholeSite):
         return bool(getattr(getattr(self.module, "config", None), "is_encoder_decoder", False))
 
     @property
+    def pools_last(self) -> bool:
+        """Whether it classifies by the last token that is not padding."""
+        return self.called.endswith("ForSequenceClassification") and hasattr(self.module, "score") and not self.pairs
+
+    @property
     def text(self) -> Any:
         config = getattr(self.module, "config", None)
         return getattr(config, "get_text_config", lambda: config)()
 
     def _first(self, *names: str) -> int | None:
         return next((v for n in names if isinstance(v := getattr(self.text, n, None), int)), None)
+
+    @property
+    def cached(self) -> nn.Module | None:
+        """What takes a cache: the model itself, or its body, as in BERT with a classifier."""
+        body = getattr(self.module, "base_model", None)
+        takes = isinstance(body, nn.Module) and "past_key_values" in inspect.signature(body.forward).parameters
+        return self.module if "past_key_values" in self.names else body if takes else None
 
     @property
     def layers(self) -> int:
@@ -123,6 +140,9 @@ class AttentionSite(WholeSite):
         self.module, self.store = module, store_for(module.k_proj)
         self._names()
         self._measure()
+
+    def common(self, config):
+        return self.module.config.model_type in ("llama", "mistral")
 
     @property
     def heads(self) -> int:

@@ -152,6 +152,9 @@ class Case:
     layer: str
     dtype: str
 
+    def __post_init__(self):
+        object.__setattr__(self, "method", self.method.on(self.site))  # as a plan does
+
     @property
     def tol(self) -> float:
         return DTYPES[self.dtype][1]

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.formats import folder
-from lorakit.hooks import Hook
+from lorakit.hooks import Hook, Hooks
 from lorakit.stores.shards import sharded
 
 HOOK_STATE, SCHEDULER = "lorakit_hooks.pt", "scheduler.pt"
@@ -30,24 +30,27 @@ HOOK_STATE, SCHEDULER = "lorakit_hooks.pt", "scheduler.pt"
 class HookCallback(TrainerCallback):
     """Calls the hooks at Trainer's events; gradients are alive in before_step and after_step, once per optimiser step."""
 
-    def __init__(self, hooks: Sequence[Hook]):
+    def __init__(self, hooks: Hooks):
         self.hooks = hooks
 
-    def on_step_begin(self, args, state, control, model=None, **kw):
-        for h in self.hooks:
-            h.before_forward(model, state.global_step)
+    def on_train_begin(self, args, state, control, optimizer=None, **kw):
+        self.hooks.setup()
+        self.hooks.start(optimizer, state.max_steps)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
-        for h in self.hooks:
-            h.before_step(model, optimizer, state.global_step)
+    def on_step_begin(self, args, state, control, **kw):
+        self.hooks.before_forward(state.global_step)
 
-    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
-        for h in self.hooks:
-            h.after_step(model, optimizer, state.global_step)
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kw):
+        self.hooks.before_step(optimizer, state.global_step)
 
-    def on_step_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
-        for h in self.hooks:
-            h.on_interval(model, optimizer, lr_scheduler, state.global_step)
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kw):
+        self.hooks.after_step(optimizer, state.global_step)
+
+    def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kw):
+        self.hooks.on_interval(optimizer, lr_scheduler, state.global_step)
+
+    def on_train_end(self, args, state, control, **kw):
+        self.hooks.close()
 
 
 class AdapterTrainerMixin:
@@ -58,8 +61,8 @@ class AdapterTrainerMixin:
         if not isinstance(model, nn.Module) or not any(isinstance(m, host.Host) for m in model.modules()):
             raise LorakitError("the model has no adapters; mend: lorakit.adapt(model, ...) before making the trainer")
         self.hooks, self.lineage = list(hooks), list(lineage)
-        for h in self.hooks:
-            h.setup(model)
+        self._every = Hooks(model, self.hooks)
+        self._every.setup()
         super().__init__(*args, **kw)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise LorakitError("FSDP1 flattens an adapter into the tensors of the base around it, out of which it cannot be saved; mend: "
@@ -68,7 +71,7 @@ class AdapterTrainerMixin:
         if isinstance(head, host.Host) and "forward" in vars(self.model):
             raise LorakitError("this trainer computes its loss from the output head's weight without calling it, so the adapter on the "
                                "head would be skipped silently; mend: exclude_modules: lm_head")
-        self.add_callback(HookCallback(self.hooks))
+        self.add_callback(HookCallback(self._every))
 
     def _trained(self) -> list[str]:
         """Adapters with something that trains; all of them if none does."""
@@ -93,17 +96,15 @@ class AdapterTrainerMixin:
             groups = [{"params": [p for n, p in named if (n in decay) == wd], "lr": options["lr"],
                        "weight_decay": self.args.weight_decay if wd else 0.0} for wd in (True, False)]
             groups = [g for g in groups if g["params"]]
-            for h in self.hooks:
-                groups = h.param_groups(self.model, groups)
-            self.optimizer = cls(groups, **options)
+            self.optimizer = cls(self._every.param_groups(groups), **options)
         return super().create_optimizer(*args, **kw)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kw):
         if not self.hooks:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kw)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
-        for h in self.hooks if model.training else ():
-            loss = loss + h.extra_loss(model, outputs)
+        if model.training:
+            loss = loss + self._every.extra_loss(outputs)
         return (loss, outputs) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -120,14 +121,13 @@ class AdapterTrainerMixin:
         if not self.args.should_save and not sharded(model):
             return
         path = Path(output_dir or self.args.output_dir)
-        for h in self.hooks:
-            h.before_save(model, path)
+        self._every.before_save(path)
         for name, where in self._folders(path).items():
             folder.save(model, where, name, form="native", lineage=self.lineage)
         if not self.args.should_save:
             return
         if self.hooks:
-            torch.save([h.state_dict() for h in self.hooks], path / HOOK_STATE)
+            torch.save(self._every.state_dict(), path / HOOK_STATE)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(path)
         torch.save(self.args, path / "training_args.bin")
@@ -143,19 +143,16 @@ class AdapterTrainerMixin:
         return None
 
     def _read(self, path: str | Path) -> None:
+        """The hooks' state first: what training took into the base belongs to the adapter beside it."""
+        states = Path(path) / HOOK_STATE
+        if states.is_file() and self.hooks:
+            self._every.load_state_dict(torch.load(states, weights_only=True))
         model = self.accelerator.unwrap_model(self.model)
         for name, where in self._folders(path).items():
             folder.fill(model, name, folder.Folder(where))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._read(resume_from_checkpoint)
-        states = Path(resume_from_checkpoint) / HOOK_STATE
-        if states.is_file():
-            saved = torch.load(states, weights_only=True)
-            if len(saved) != len(self.hooks):
-                raise LorakitError(f"{states} holds the state of {len(saved)} hooks, this trainer has {len(self.hooks)}")
-            for h, state in zip(self.hooks, saved, strict=True):
-                h.load_state_dict(state)
 
     def _load_best_model(self) -> None:
         self._read(self.state.best_model_checkpoint)

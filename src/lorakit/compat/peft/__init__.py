@@ -29,6 +29,16 @@ from lorakit.compat.peft.model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from lorakit.compat.peft.prompts import (
+    AdaptionPromptConfig,
+    CPTConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+)
 from lorakit.compat.peft.tuner import LoraModel, get_layer_status, get_model_status, inject
 from lorakit.compat.peft.weights import get_peft_model_state_dict, set_peft_model_state_dict
 from lorakit.errors import LorakitError
@@ -161,6 +171,8 @@ class AutoPeftModelForFeatureExtraction(_Auto):
 
 
 __all__ = [
+    "AdaptionPromptConfig", "CPTConfig", "PrefixTuningConfig", "PromptEncoderConfig", "PromptEncoderReparameterizationType", "PromptLearningConfig",
+    "PromptTuningConfig", "PromptTuningInit",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
     "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification", "LoraConfig", "LoraModel",
     "LoraRuntimeConfig", "PeftConfig", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",

@@ -38,6 +38,11 @@ class TaskType(str, enum.Enum):  # noqa: UP042 (as in PEFT: its text is `TaskTyp
 
 class PeftType(str, enum.Enum):  # noqa: UP042
     LORA = "LORA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    CPT = "CPT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
     LORAKIT = OWN  # a folder of lorakit's own, for what PEFT has no configuration for
 
 
@@ -97,9 +102,17 @@ class PeftConfig(PushToHubMixin):
         return from_dict(read_json(path / CONFIG), str(path / CONFIG))
 
 
+AROUND: dict[str, type[PeftConfig]] = {}  # peft_type -> the configuration of a method that goes around the model
+
+
+def register(cls: type[PeftConfig]) -> type[PeftConfig]:
+    AROUND[cls.kind.value] = cls
+    return cls
+
+
 def from_dict(d: Mapping[str, Any], where: str = "the configuration") -> PeftConfig:
     """A configuration from what a file holds; keys that PEFT 0.21 does not have are named in a warning."""
-    kinds = {PeftType.LORA.value: LoraConfig, OWN: PeftConfig}
+    kinds = {PeftType.LORA.value: LoraConfig, OWN: PeftConfig} | AROUND
     kind = d.get("peft_type")
     if kind not in kinds:
         raise LorakitError(f"{where}: lorakit.compat.peft has no peft_type `{kind}`{near(str(kind), kinds)}")
@@ -244,6 +257,9 @@ def plan_of(config: LoraConfig, model: nn.Module, paths: Sequence[str] = ()) -> 
 
     The start depends on torch's global generator, as in PEFT.
     """
+    if type(config) in AROUND.values():
+        spec = config.spec(model, int(torch.randint(2**31 - 1, (1,))))
+        return spec, spec.plan(model)
     options = options_of(check(config), model) | {"seed": int(torch.randint(2**31 - 1, (1,)))}
     spec = compose("lora", heads=False, **options | ({"target_modules": list(paths)} if paths else {}))  # PEFT trains no head unasked
     return spec, spec.plan(model)
