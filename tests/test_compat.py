@@ -1119,3 +1119,51 @@ def test_sharding_by_accelerate_is_refused_before_the_first_step(monkeypatch):
     with pytest.raises(LorakitError, match="checkpoints would be empty; mend: lorakit.training.AdapterTrainer"):
         model(tiny.ids())
     model.eval()(tiny.ids())
+
+
+# The methods beside LoRA
+
+FAMILY = {
+    "VeraConfig": {"r": 6}, "LoHaConfig": {"r": 3, "rank_pattern": {"q_proj": 2}}, "LoKrConfig": {"r": 2}, "IA3Config": {}, "OFTConfig": {"oft_block_size": 4},
+    "BOFTConfig": {}, "HRAConfig": {"r": 4}, "FourierFTConfig": {"n_frequency": 20, "n_frequency_pattern": {"v_proj": 7}},
+    "VBLoRAConfig": {"r": 2, "num_vectors": 9, "vector_length": 4}, "MissConfig": {"r": 4},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_family_has_pefts_fields_and_defaults(kind):
+    a, b = ({f.name: getattr(getattr(P, kind)(), f.name) for f in dataclasses.fields(getattr(P, kind))} for P in (theirs, ours))
+    a.pop("runtime_config", None)
+    for d in (a, b):
+        d["peft_type"] = str(getattr(d["peft_type"], "value", d["peft_type"]))
+        d.pop("peft_version")
+    same(a, b)
+    with pytest.raises(TypeError, match="no_such"):
+        getattr(ours, kind)(no_such=1)
+
+
+def family(P, kind, path):
+    torch.manual_seed(0)
+    model = P.get_peft_model(tiny.llama(), getattr(P, kind)(task_type="CAUSAL_LM", **FAMILY[kind]))
+    out = {"trains": model.get_nb_trainable_parameters()[0], "shapes": {k: t.shape for k, t in P.get_peft_model_state_dict(model).items()}}
+    with torch.no_grad():  # one start for both
+        state = P.get_peft_model_state_dict(model)
+        g = torch.Generator().manual_seed(1)
+        drawn = {k: torch.randn(t.shape, generator=g) * 0.3 for k, t in sorted(state.items())}
+        new = {k: state[k] if "vera_A" in k or "vera_B" in k else t for k, t in drawn.items()}  # VeRA's are the same from one seed
+    P.set_peft_model_state_dict(model, new)
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
+    out["logits"] = logits(model.eval())
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    opt.step()
+    out["stepped"] = logits(model)
+    model.save_pretrained(path)
+    out["loaded"] = logits(P.PeftModel.from_pretrained(tiny.llama(), path))
+    out["merged"] = logits(P.PeftModel.from_pretrained(tiny.llama(), path).merge_and_unload())
+    return out
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_family_runs_alike(kind, tmp_path):
+    a, b = both(family, kind, tmp=tmp_path)
+    same(a, b, 1e-4)

@@ -22,6 +22,7 @@ from lorakit.api import (
     rows,
     save,
     save_merged,
+    shrink,
     trainable,
     unmerge,
 )
@@ -30,4 +31,4 @@ from lorakit.proof import verify
 
 __version__ = "0.1.0"
 __all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "delete", "detach", "disabled", "freeze", "given", "load", "merge", "merged",
-           "rows", "save", "save_merged", "trainable", "unmerge", "verify"]
+           "rows", "save", "save_merged", "shrink", "trainable", "unmerge", "verify"]

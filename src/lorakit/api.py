@@ -15,6 +15,7 @@ from lorakit import host
 from lorakit.errors import LorakitError, near
 from lorakit.formats import folder
 from lorakit.formats.files import new_folder
+from lorakit.merges.shrink import shrink as shrink_
 from lorakit.method import Method
 from lorakit.models import load_base, task_of
 from lorakit.proof import check_probe, check_saved, same_function
@@ -187,6 +188,11 @@ def untie(model: nn.Module) -> bool:
     return parted
 
 
+def shrink(model: nn.Module, name: str, rank: int, new_name: str) -> dict[str, float]:
+    """Puts a copy of a trained adapter with a lower rank beside it, the best there is; returns the relative error of each target, and "overall"."""
+    return shrink_(host.bare(model), name, rank, new_name)
+
+
 def trainable(model: nn.Module) -> tuple[int, int]:
     """(numbers that train, all numbers of the base and the adapters), tied and shared ones once."""
     every = list(model.parameters())
@@ -195,14 +201,16 @@ def trainable(model: nn.Module) -> tuple[int, int]:
 
 # Files
 
-def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", lineage: Sequence[dict] = ()) -> Path:
+def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", rank: int | None = None,
+         lineage: Sequence[dict] = ()) -> Path:
     """Saves one adapter as a PEFT folder with a receipt, reads it back and verifies it; all of it appears, or nothing changes.
 
     form: "auto" writes PEFT's format where PEFT has the method, a plain LoRA where the update is exactly one (an offset
-    start), and our own otherwise; "native" never converts; "lora" converts or refuses.
+    start), and our own otherwise; "native" never converts; "lora" converts or refuses: exactly where the update is a product
+    of thin factors, else to the nearest LoRA of this `rank`, whose relative error stands in the receipt.
     """
     model = host.bare(model)
-    path = folder.save(model, path, name, form=form, lineage=lineage)
+    path = folder.save(model, path, name, form=form, rank=rank, lineage=lineage)
     check_saved(path, model)
     return path
 

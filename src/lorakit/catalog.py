@@ -13,7 +13,7 @@ from torch import nn
 from lorakit.errors import LorakitError, near
 from lorakit.hooks import HOOKS
 from lorakit.inits import INITS
-from lorakit.method import METHODS, Method, Wrapper
+from lorakit.method import METHODS, Around, Method, Wrapper
 from lorakit.recipes import RECIPES
 from lorakit.sites import Site, site_for
 from lorakit.sites.parameters import ParameterSite
@@ -55,7 +55,8 @@ def count(method: Method) -> str:
 
 
 def _what(method: Method) -> dict[str, Any]:
-    return {"mergeable": method.mergeable, "sites": [k for k, why in sites(method).items() if not why], "parameters": count(method),
+    where = [f"whole {method.around_a}"] if isinstance(method, Around) else [k for k, why in sites(method).items() if not why]
+    return {"mergeable": method.mergeable, "sites": where, "parameters": count(method),
             "axes": {k: leaf.axes.split() for k, leaf in method.leaves.items()}}
 
 

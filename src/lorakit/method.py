@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -156,6 +156,10 @@ class Method(ABC):
     mergeable: ClassVar[str] = "exact"  # "no": the result depends on the input, so that no one weight stands for it
     plain_in_files: ClassVar[bool] = False  # a saved adapter is better off as the plain LoRA that it amounts to
     last: ClassVar[bool] = False  # acts on the layer's finished output, bias included (a serial adapter)
+    varies: ClassVar[Mapping[str, tuple[str, str]]] = {}  # PEFT's pattern for what may differ between targets -> (PEFT's key, our field)
+    anchor: ClassVar[str] = "^"  # what makes a whole path of a key of these patterns
+    peft_layers: ClassVar[tuple[str, ...]] = ("linear",)  # kinds of layers on which PEFT computes this as we do
+    peft_dropout: ClassVar[str] = ""  # PEFT's key of the dropout on the input, where it has one
     asks: ClassVar[tuple[str, ...]] = ()  # what it reads of the batch beside the input: names of `lorakit.given`
     shared_seed: int | None = None  # a seed of its own for the tensors that are shared; None: the adapter's
 
@@ -222,6 +226,27 @@ class Method(ABC):
     def from_peft(cls, config: dict[str, Any]) -> Method | None:
         """The method a PEFT configuration describes, if it is this one."""
         return None
+
+    def on_peft(self, site) -> bool:
+        """Whether PEFT computes this as we do on a target of this very geometry; asked where `peft_layers` has its kind."""
+        return True
+
+    def layout(self, leaf: str, site) -> tuple[int, ...] | None:
+        """The shape in which PEFT's files keep a leaf on this geometry, where its axes do not tell."""
+        return None
+
+    def at_peft(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Method:
+        """This method on one target of a PEFT file, whose leaves have these shapes there."""
+        return self
+
+    def restored(self, config: dict[str, Any], tensors: Params) -> Params:
+        """A PEFT file's tensors by their keys, where the file may keep leaves in another form."""
+        return tensors
+
+    @property
+    def redrawn(self) -> tuple[str, ...]:
+        """Leaves that no file needs to hold: they start from a seed of their own and never change."""
+        return ()
 
     @property
     def leaves(self) -> dict[str, Leaf]:
@@ -392,6 +417,7 @@ class Around(Method):
 
     mergeable = "no"
     around_a: ClassVar[str] = "model"  # the kind of module: "model" or "attention"
+    inmost: ClassVar[bool] = False  # of several, it is nearest to the module, whatever their order
 
     def weight(self, p, W):
         raise LorakitError(f"{self.name} changes no weight: it cannot be merged or exported; mend: keep it as an adapter")
@@ -445,6 +471,10 @@ class Wrapper(Method):
     def shared_seed(self):
         return self.inner.shared_seed
 
+    @property
+    def redrawn(self):
+        return self.inner.redrawn
+
     def unfit(self, site):
         return self.inner.unfit(site)
 
@@ -471,6 +501,13 @@ class Wrapper(Method):
 
     def over_core(self, wrap):
         return dataclasses.replace(self, inner=self.inner.over_core(wrap))
+
+
+def refuse(config: dict[str, Any], **only: Any) -> None:
+    """LorakitError if a PEFT configuration has another value than these, which are all that can be carried out."""
+    for k, v in only.items():
+        if config.get(k, v) not in (v, None, {}, []):
+            raise LorakitError(f"the adapter uses `{k}: {config[k]}`, which this version of lorakit does not carry out")
 
 
 def method_from_peft(config: dict[str, Any]) -> Method:

@@ -25,7 +25,8 @@ th:first-child,td.text{text-align:left}tbody th{font-weight:600;position:sticky;
 thead th:first-child{padding-left:8px}thead button{font:inherit;font-size:13px;color:var(--mut);background:none;border:0;padding:0;cursor:pointer;
 text-align:inherit}thead button:hover,thead [aria-sort] button{color:var(--ink)}thead button::after{content:"";display:inline-block;width:1.1em}
 [aria-sort=ascending] button::after{content:" ↑"}[aria-sort=descending] button::after{content:" ↓"}tr.best>*,tr.tied>*{background:var(--mark)}
-.tag{font-size:11px;font-weight:400;color:var(--acc);border:1px solid var(--acc);border-radius:3px;padding:0 4px;margin-left:6px}.bad{color:var(--bad);
+.tag{font-size:11px;font-weight:400;color:var(--acc);border:1px solid var(--acc);border-radius:3px;padding:0 4px;margin-left:6px;display:inline-block
+}.bad{color:var(--bad);
 border-color:var(--bad)}svg{display:block;overflow:visible}svg text{font-size:11.5px;fill:var(--mut);paint-order:stroke;stroke:var(--bg);stroke-width:3px;
 stroke-linejoin:round}svg text.on{fill:var(--ink);font-weight:600}.bar{width:120px;height:16px}.axis,.grid{stroke:var(--line);stroke-width:1}
 .span{stroke:var(--acc);stroke-width:2;opacity:.55}.dot,circle.on{fill:var(--acc)}circle.off{fill:var(--bg);stroke:var(--mut);stroke-width:1.5}
@@ -111,13 +112,13 @@ def _table(record: dict[str, Any]) -> str:
     share = f"{record['settings']['confidence'] * 100:g} %"
     heads = [("configuration", ""), (record["metric"].replace("_", " "), ""), (f"{share} interval", ""), *((h, k) for _, h, k, _ in cols)]
     out = ['<div class="scroll" role="region" tabindex="0" aria-label="Table of configurations"><table class="main"><caption><span>'
-           f"{esc(table.title(record))}. {_same(record)}A head sorts by its column. The bars share one scale; an arrow is outside of it.</span>"
-           "</caption><thead><tr>"]
+           f"{esc(table.title(record))}. {_same(record)}A head sorts by its column; tied: cannot be told from the best. "
+           "The bars share one scale; an arrow is outside of it.</span></caption><thead><tr>"]
     out += [f'<th scope="col"{f""" class="{k}" """ if k else ""}><button type="button">{esc(h)}</button></th>' for h, k in heads]
     out.append("</tr></thead><tbody>")
     for c in cells:
         kind = "best" if c["cell"] == first else "tied" if c["cell"] in tied else ""
-        tag = {"best": '<span class="tag">best</span>', "tied": '<span class="tag">tied with the best</span>'}.get(kind, "")
+        tag = {"best": '<span class="tag">best</span>', "tied": '<span class="tag" title="cannot be told from the best">tied</span>'}.get(kind, "")
         tag += f'<span class="tag bad">{c["failed"]} failed</span>' * bool(c["failed"])
         out.append(f'<tr class="{kind}"><th scope="row" data-v="{esc(c["cell"])}">{esc(c["cell"])}{tag}</th>')
         if c["mean"] is None:
@@ -206,7 +207,14 @@ def _facts(record: dict[str, Any]) -> str:
             "Versions": ", ".join(f"{k} {v}" for k, v in m["versions"].items())}
     body = "".join(f'<tr><th scope="row">{k}</th><td>{esc(v)}</td></tr>' for k, v in rows.items())
     return (f'<table class="facts"><caption>How this was made</caption><tbody>{body}</tbody></table>'
-            f"<pre>{esc(yaml.safe_dump(s, sort_keys=False, allow_unicode=True))}</pre>")
+            f"<pre>{esc(yaml.safe_dump(_given(s), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110))}</pre>")
+
+
+def _given(tree: Any) -> Any:
+    """Settings without what is empty or at its default of none."""
+    if isinstance(tree, dict):
+        return {k: _given(v) for k, v in tree.items() if v not in (None, {}, [], False) and (k, v) != ("backend", "lorakit")}
+    return [_given(v) for v in tree] if isinstance(tree, list) else tree
 
 
 def _tuning(record: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from lorakit.errors import LorakitError, near
 from lorakit.formats import peft
 from lorakit.formats.files import read_json, reading, sha256, writing
 from lorakit.formats.receipt import compare_bases, digest, fingerprint, modules_table, probe, probe_record, versions
-from lorakit.maps import each
+from lorakit.maps import Base, each
 from lorakit.method import Around, Method
 from lorakit.methods.lora import LoRA
 from lorakit.methods.offset import Offset
@@ -38,12 +38,13 @@ def base_info(model: nn.Module) -> dict[str, Any]:
             "class": cls}
 
 
-def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", lineage: Sequence[Mapping[str, Any]] = (),
+def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: str = "auto", rank: int | None = None, lineage: Sequence[Mapping[str, Any]] = (),
          config: Mapping[str, Any] | None = None) -> Path:
     """Saves one adapter as a PEFT folder with a receipt; all of it appears, or nothing changes. Then reads it back and compares.
 
     form: "auto" writes PEFT's format where PEFT has the method, a plain LoRA where the update is exactly one (an offset
-    start), and our own otherwise; "native" never converts (checkpoints); "lora" converts or refuses. config: keys of
+    start), and our own otherwise; "native" never converts (checkpoints); "lora" converts, exactly where that can be, else to
+    the best LoRA of this `rank` (its error is in the receipt), or refuses. config: keys of
     adapter_config.json that are known better (task_type, revision, …). Of a model that FSDP2 spreads over processes all
     of them call it: they gather together, the first one writes, and an error is raised in all.
     """
@@ -54,7 +55,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
         raise LorakitError(f"adapters {sorted(state.merged)} are merged into the base; mend: lorakit.unmerge(model) before saving")
     path, spec = Path(path), state.specs[name]
     slots = host.slots(model, name)
-    export = Export(model, name, form)
+    export = Export(model, name, form, rank)
     called = [s for s in slots.values() if not s.raw]
     base = base_info(model) | {"transposed": bool(called) and all(s.site.transposed and not s.site.lookup for s in called)}
     if not any(m.replaces for m in export.methods.values()) and str(base["task_type"]).endswith("_CLS"):
@@ -101,11 +102,14 @@ def _one(state: host.State, name: str | None) -> str:
 class Export:
     """The adapter as it goes to disk: path -> method, file key -> tensor, whether in our own layout, and what was converted on the way."""
 
-    def __init__(self, model: nn.Module, name: str, form: str = "native"):
+    def __init__(self, model: nn.Module, name: str, form: str = "native", rank: int | None = None):
         slots = host.slots(model, name)
         if form not in ("auto", "native", "lora"):
             raise LorakitError(f"form: unknown `{form}`{near(form, ('auto', 'native', 'lora'))}")
-        self.methods, self.tensors, self.converted = {}, {}, []
+        if rank is not None and form != "lora":
+            raise LorakitError(f"rank is for form='lora', not for form={form!r}")
+        self.methods, self.tensors, self.converted, self.rank = {}, {}, [], rank
+        self.errors: dict[str, tuple[float, float]] = {}  # target -> norms of what was left out and of the whole update, where the form is not exact
         params: dict[str, Mapping[str, Tensor]] = {}
         for path, slot in slots.items():
             if name in slot.tied:
@@ -119,17 +123,17 @@ class Export:
                 method, p = method.for_files(p)
             self.methods[path], params[path] = method, p
         files = peft.file_paths(dict(model.named_modules()), self.methods)
-        fits = files is not None and peft.carries_ties(slots, name) and all(slots[p].site.common(m.to_peft() or {}) for p, m in self.methods.items())
-        self.own = peft.own_format(self.methods, fits)
+        fits = files is not None and peft.carries_ties(slots, name) and all(peft.common(slots[p].site, m) for p, m in self.methods.items())
+        self.own = peft.own_format(self.methods, fits, host.state_of(model).specs[name].tie)
         for path, method in self.methods.items():
             slot = slots[path]
             for leaf, t in params[path].items():
-                if leaf not in method.leaves or method.leaves[leaf].derived:  # what a batch brings, what the base gives
+                if leaf not in method.leaves or method.leaves[leaf].derived or leaf in method.redrawn:  # what a batch brings, what the base gives
                     continue
                 if shared := method.leaves[leaf].shared:
                     t = slot.whole(name)[leaf]
                 key = peft.leaf_key(path, slot, method, leaf, {} if self.own else files)
-                t = (t if shared else slot.site.pack(t, method.leaves[leaf].axes)).detach()
+                t = (t if shared else peft.packed(slot.site, method, leaf, t)).detach()
                 self.tensors[key] = t if t.device.type == "meta" else t.to("cpu").contiguous().clone()
         if not self.own:
             self.tensors |= peft.tied_copies(slots, name)
@@ -137,12 +141,41 @@ class Export:
     def _lora(self, slot: host.Slot, method: Method, p: Mapping[str, Tensor], must: bool) -> tuple[Method, Mapping[str, Tensor]]:
         two = None if method.replaces or method.bias(p, slot.site.bias) is not slot.site.bias else _two(slot, method, p)
         if two is None:
-            if must and not method.replaces:
-                raise LorakitError(f"{slot.path}: {method.core.name} is not exactly a plain LoRA; mend: form='native', or merge it")
-            return method, p
+            return self._nearest(slot, method, p) if must and not method.replaces else (method, p)
         r = two[1].shape[-2]
+        if self.rank is not None and r > self.rank:
+            return self._nearest(slot, method, p)
         self.converted.append(slot.path)
         return LoRA(r, float(r)), {"A": two[1], "B": two[0]}
+
+
+    @torch.no_grad()
+    def _nearest(self, slot: host.Slot, method: Method, p: Mapping[str, Tensor]) -> tuple[Method, Mapping[str, Tensor]]:
+        """The best LoRA of a rank (Eckart and Young), from the update as a matrix."""
+        site, way = slot.site, "mend: form='native', or merge it"
+        if method.mergeable == "no":
+            raise LorakitError(f"{slot.path}: {method.core.name} depends on its input, so no LoRA is near it; {way}")
+        if method.bias(dict(p), site.bias) is not site.bias:
+            raise LorakitError(f"{slot.path}: {method.core.name} changes the bias, which a LoRA cannot; {way}")
+        W = Base(site).weight()
+        U, S, V = torch.linalg.svd((each(site, method, method.weight, dict(p), W) - W).double(), full_matrices=False)
+        exact = max(1, int((S > S.amax(-1, keepdim=True) * max(W.shape[-2:]) * 1e-7).sum(-1).max()))
+        if self.rank is None:
+            raise LorakitError(f"{slot.path}: {method.core.name} is not exactly a plain LoRA of its own rank; mend: rank={exact} would be exact here, "
+                               "a lower one near it; or form='native'")
+        r = min(self.rank, S.shape[-1])
+        self.converted.append(slot.path)
+        self.errors[slot.path] = float(S[..., r:].norm()), float(S.norm())
+        return LoRA(r, float(r)), {"B": (U[..., :r] * S[..., None, :r]).float(), "A": V[..., :r, :].float()}
+
+    @property
+    def relative_error(self) -> dict[str, Any] | None:
+        """What the conversion left out, as a part of the update: by target, and of all that was converted so."""
+        if not self.errors:
+            return None
+        parts = {p: left / whole if whole else 0.0 for p, (left, whole) in self.errors.items()}
+        left, whole = (sum(e[n] ** 2 for e in self.errors.values()) ** 0.5 for n in (0, 1))
+        return {"overall": left / whole if whole else 0.0, "modules": parts}
 
 
 def _two(slot: host.Slot, method: Method, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -183,7 +216,11 @@ def _receipt(model, name, spec, export, config, base, lineage) -> dict[str, Any]
            "spec": spec.to_dict(), "peft_type": config["peft_type"], "converted_to_lora": export.converted,
            "base": base | {"digest": digest(prints), "tensors": prints}, "modules": modules_table(model, name),
            "keys": {k: list(t.shape) for k, t in export.tensors.items()}, "versions": versions(), "lineage": list(lineage)}
-    if with_it is not None:
+    for p, (left, whole) in export.errors.items():  # the update that the file holds
+        out["modules"][p] |= {"delta_norm": max(whole**2 - left**2, 0.0) ** 0.5, "rank": export.methods[p].r}
+    if export.relative_error:
+        out["conversion_error"] = export.relative_error
+    if with_it is not None and not export.errors:  # those logits are not the file's
         out["probe"] = probe_record(with_it, without)
     return out
 
@@ -198,7 +235,7 @@ class Folder:
             raise LorakitError(f"there is no adapter folder {self.path}{near(self.path.name, there, listing=False) if there else ''}")
         with reading(self.path):
             self.config = read_json(self.path / peft.CONFIG)
-            self.tensors = peft.read_tensors(self.path / peft.TENSORS, self.config)
+            self.tensors = peft.restored(self.config, peft.read_tensors(self.path / peft.TENSORS, self.config))
             receipt = self.path / peft.RECEIPT
             self.receipt = read_json(receipt) if receipt.is_file() else None
             written = (self.receipt or {}).get("files", {})
@@ -287,6 +324,7 @@ def put_tensors(model: nn.Module, name: str, given: Mapping[str, Tensor], own: b
     _same_start(model, name, tensors, where)
     if taken := _same_rounds(model, name, tensors, where):
         places = {k: v for k, v in places.items() if v[0].path not in taken}
+    places = {k: at for k, at in places.items() if k in tensors or at[1] not in at[0].methods[name].redrawn}
     missing = [k for k in places if k not in tensors]
     unused = [k for k in tensors if k not in places]
     if missing:
@@ -296,10 +334,10 @@ def put_tensors(model: nn.Module, name: str, given: Mapping[str, Tensor], own: b
     for k, (slot, leaf) in places.items():
         spec = slot.methods[name].leaves[leaf]
         here = slot.module._modules[slot.attr(name, leaf)]._parameters[name]
-        want = here.shape if spec.shared else slot.site.pack(torch.empty(here.shape, device="meta"), spec.axes).shape
+        want = here.shape if spec.shared else peft.packed(slot.site, slot.methods[name], leaf, torch.empty(here.shape, device="meta")).shape
         if tensors[k].shape != want:
             raise LorakitError(f"{where}: `{k}` has shape {list(tensors[k].shape)}, this model and configuration need {list(want)}")
-        value = tensors[k] if spec.shared else slot.site.unpack(tensors[k], spec.axes)
+        value = tensors[k] if spec.shared else peft.unpacked(slot.site, slot.methods[name], leaf, tensors[k], here.shape)
         if not torch.isfinite(value).all():
             raise LorakitError(f"{where}: `{k}` holds NaN or infinity")
         here.copy_(cut(value, here))

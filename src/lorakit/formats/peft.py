@@ -29,16 +29,6 @@ FORMAT = 1
 CONFIG, TENSORS, RECEIPT = "adapter_config.json", "adapter_model.safetensors", "receipt.json"
 PREFIX = "base_model.model."
 OWN = "LORAKIT"
-# what PEFT 0.21 writes for a LoRA that uses none of these; what we cannot honour yet must have this value
-DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": None, "bias": "none", "corda_config": None,
-    "ensure_weight_tying": False, "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {},
-    "lora_bias": False, "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core",
-    "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None,
-    "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False, "velora_config": None,
-}
-MATHS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora",
-         "velora_config")
 NEST = ".base_layer"  # how PEFT's paths show that it wrapped a module more than once
 TWICE = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT writes the biases of a module it saves whole once more
 TOKENS_KEY = ".token_adapter.trainable_tokens_delta"
@@ -140,15 +130,19 @@ def written(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
     return {k.replace(PREFIX, "base_model.", 1) if outside(config) else k: t for k, t in tensors.items()}
 
 
-def own_format(methods: Mapping[str, Method], fits: bool) -> bool:
+def own_format(methods: Mapping[str, Method], fits: bool, tie: bool = False) -> bool:
     """Whether PEFT has no configuration that says all of this."""
     configs = [m.to_peft() for m in methods.values() if not m.replaces]
     if not fits or any(c is None for c in configs):
         return True
     if any(isinstance(m, Around) for m in methods.values()):
         return len({str(c) for c in configs}) > 1 or any(m.replaces and not outside(configs[0]) for m in methods.values())
-    main = [c for c in configs if "r" in c]
-    return not main or len({_kind(c) for c in main}) > 1
+    main = {p: m for p, m in methods.items() if not m.replaces and "peft_type" in m.to_peft()}
+    if not main or len({_kind(m) for m in main.values()}) > 1:
+        return True
+    said = next(iter(main.values())).to_peft()
+    beside = {k for m in methods.values() if not m.replaces for k in m.to_peft()}
+    return not beside <= said.keys() or (tie and "ensure_weight_tying" not in said)
 
 
 def config_of(spec: Spec, model: nn.Module, methods: Mapping[str, Method], base: Mapping[str, Any], own: bool) -> dict[str, Any]:
@@ -164,8 +158,10 @@ def config_of(spec: Spec, model: nn.Module, methods: Mapping[str, Method], base:
         told = {"auto_mapping": None, "modules_to_save": saved or None} | common | site_at(modules, path).peft() | method.to_peft() | {"peft_version": "0.21.2"}
         return told | ({"adapter_layers": len(around)} if "adapter_layers" in told else {})
     every = {p: m.to_peft() for p, m in methods.items() if not m.replaces}
-    configs = {p: c for p, c in every.items() if "r" in c}
-    most = {k: Counter(c[k] for c in configs.values()).most_common(1)[0][0] for k in ("r", "lora_alpha")}
+    configs = {p: c for p, c in every.items() if "peft_type" in c}
+    first = methods[next(iter(configs))]
+    patterns = {k: v for k, (v, _) in first.core.varies.items()}
+    most = {k: Counter(c[k] for c in configs.values()).most_common(1)[0][0] for k in patterns.values()}
     at = {p: place(modules, p) for p in configs}
     parameters = sorted(p for p, a in at.items() if a.key and not reads(modules[a.owner]))
     layers = dict.fromkeys(at[p].owner for p in configs if p not in parameters)
@@ -175,19 +171,27 @@ def config_of(spec: Spec, model: nn.Module, methods: Mapping[str, Method], base:
     for p, c in every.items():
         if p not in configs:  # what stands beside the main method: rows of a table by its path, biases
             beside |= {k: beside.get(k, {}) | {p: v} if isinstance(v, list) else v for k, v in c.items()}
+    main = next(iter(configs.values())) | most | beside
     # anchored: PEFT lets a pattern match at the end of a path, so a short path must not catch a longer one
-    rank, alpha = ({"^" + (p if p in parameters else at[p].owner): c[k] for p, c in configs.items() if c[k] != most[k]} for k in ("r", "lora_alpha"))
-    main = next(iter(configs.values()))
-    return DEFAULTS | common | main | most | beside | {"peft_type": main["peft_type"]} | {
-        "lora_dropout": 0.0 if parameters else spec.dropout, "init_lora_weights": True, "fan_in_fan_out": base.get("transposed", False),
-        "target_modules": _shortest(list(layers), [n for n, m in modules.items() if adaptable(m)]) if layers else [], "exclude_modules": None,
-        "layers_to_transform": None, "layers_pattern": None, "target_parameters": parameters or None,
-        "ensure_weight_tying": spec.tie, "modules_to_save": list(saved) or None, "rank_pattern": rank, "alpha_pattern": alpha,
-        "peft_version": "0.21.2"}
+    for pattern, k in patterns.items():
+        named = {p if p in parameters else at[p].owner: c[k] for p, c in configs.items()}
+        if isinstance(most[k], bool):  # a list of the modules where it is so
+            main = {n: v for n, v in main.items() if n != k} | {pattern: [p for p, v in named.items() if v]}
+        else:
+            main[pattern] = {f"{first.core.anchor}{p}": v for p, v in named.items() if v != most[k]}
+    main |= {first.core.peft_dropout: 0.0 if parameters else spec.dropout} if first.core.peft_dropout else {}
+    told = {"fan_in_fan_out": base.get("transposed", False), "target_parameters": parameters or None, "ensure_weight_tying": spec.tie}
+    names = list(layers)
+    if not any(isinstance(v, list) and v for k, v in main.items() if k in patterns):
+        names = _shortest(names, [n for n, m in modules.items() if adaptable(m)]) if layers else []
+    return common | {"auto_mapping": None, "peft_version": "0.21.2", "target_modules": names, "modules_to_save": list(saved) or None} | (
+        dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")) if "bias" in main else {}) | main | {
+        k: v for k, v in told.items() if k in main}
 
 
-def _kind(config: dict[str, Any]) -> str:
-    return str(sorted((k, v) for k, v in config.items() if k not in ("r", "lora_alpha")))
+def _kind(method: Method) -> str:
+    varying = {k for k, _ in method.core.varies.values()}
+    return str(sorted((k, v) for k, v in method.to_peft().items() if k not in varying))
 
 
 def _shortest(adapted: list[str], every: list[str]) -> list[str]:
@@ -209,6 +213,38 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         raise LorakitError(f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {e}") from None
 
 
+def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors with every leaf in the form that the method has it in."""
+    try:
+        return tensors if config.get("peft_type") == OWN else method_from_peft(dict(config)).restored(dict(config), dict(tensors))
+    except LorakitError:
+        return tensors  # whoever reads the methods says what is wrong
+
+
+def packed(site: Any, method: Method, leaf: str, t: Tensor) -> Tensor:
+    """A leaf in the layout of the file."""
+    shape = method.owner(leaf).layout(leaf, site)
+    return site.pack(t, method.leaves[leaf].axes) if shape is None else t.reshape(shape)
+
+
+def unpacked(site: Any, method: Method, leaf: str, t: Tensor, shape: Any) -> Tensor:
+    return site.unpack(t, method.leaves[leaf].axes) if method.owner(leaf).layout(leaf, site) is None else t.reshape(shape)
+
+
+def kind(site: Any) -> str:
+    """What PEFT calls a geometry, as far as it makes a difference."""
+    if site.read:
+        return "parameter"
+    return "embedding" if site.lookup else f"conv{site.n}d" if site.slides else "transposed" if site.transposed else "linear"
+
+
+def common(site: Any, method: Method) -> bool:
+    """Whether PEFT computes this method on a target of this geometry as we do, so that its format can say it."""
+    config = method.to_peft() or {}
+    return site.common(config) and ("peft_type" not in config or isinstance(method, Around) or (
+        kind(site) in method.core.peft_layers and method.core.on_peft(site)))
+
+
 def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path, model: nn.Module | None = None) -> dict[str, Method]:
     """Path -> method, from what the file holds: the tensors' own paths, and the configuration for their meaning.
 
@@ -218,9 +254,6 @@ def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
         if config.get("lorakit_format", 0) > FORMAT:
             raise LorakitError(f"{where}: written in format {config['lorakit_format']}, this lorakit reads up to {FORMAT}; mend: upgrade lorakit")
         return {p: method_from_dict(m) for p, m in config["modules"].items()}
-    for k in MATHS:
-        if config.get(k, DEFAULTS[k]) not in (DEFAULTS[k], None, {}, []):
-            raise LorakitError(f"{where}: the adapter uses `{k}: {config[k]}`, which this version of lorakit does not carry out")
     try:
         method = method_from_peft(dict(config))
     except LorakitError as e:
@@ -229,9 +262,15 @@ def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
     tails = sorted({method.key(leaf, lookup) for leaf in method.leaves for lookup in (False, True)}, key=len, reverse=True)
     paths = dict.fromkeys(real_path(modules, config, p) for k in tensors if (p := _path(k, tails)) is not None)
     plan = dict.fromkeys(paths, method)
-    for what, field in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
-        for p, v in matched(f"{where}: {what}", config.get(what) or {}, list(paths), strict=False, names=named_as(modules, paths)).items():
-            plan[p] = plan[p].having(**{field: float(v) if field == "alpha" else v})
+    for what, (_, field) in method.core.varies.items():
+        if isinstance(config.get(what), Mapping):
+            for p, v in matched(f"{where}: {what}", config[what], list(paths), strict=False, names=named_as(modules, paths)).items():
+                plan[p] = plan[p].having(**{field: float(v) if field == "alpha" else v})
+    if type(method.core).at_peft is not Method.at_peft:
+        for p in plan:
+            keys = {leaf: f"{PREFIX}{p}.{method.key(leaf)}" for leaf in method.leaves}
+            shapes = {leaf: tuple(tensors[k].shape) for leaf, k in keys.items() if k in tensors}
+            plan[p] = plan[p].over_core(lambda core, shapes=shapes: core.at_peft(dict(config), shapes))
     for k in (k for k in tensors if k.endswith(TOKENS_KEY)):
         p, told = k.removeprefix(PREFIX).removesuffix(TOKENS_KEY), config.get("trainable_token_indices") or ()
         rows = next((v for t, v in told.items() if f".{p}".endswith(f".{t}")), ()) if isinstance(told, Mapping) else told
@@ -241,7 +280,7 @@ def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
         p, _, last = k.removeprefix(PREFIX).rpartition(".")
         if p in plan or not k.startswith(PREFIX) or any(part in k for part in TWICE):
             continue
-        whole = any(_inside(k, s) for s in saved)
+        whole = _path(k, tails) is None and any(_inside(k, s) for s in saved)
         if whole or (config.get("bias") == "all" and "bias" in last and not p.endswith(NEST)):
             layer = p not in modules or adaptable(modules[p])
             plan[p if layer else f"{p}.{last}"] = (Full() if whole else BitFit()) if layer else Full(False, trains=last in modules[p]._parameters)

@@ -78,6 +78,17 @@ def hook(name: str, title: str, paper: str = "", formula: str = "") -> Callable[
     """Class decorator: a dataclass registered under `name`."""
 
     def add(cls: type) -> type:
+        own = getattr(cls, "__post_init__", None)
+
+        def check(self) -> None:
+            for f in dataclasses.fields(self):
+                options = f.metadata.get("choices")
+                if options and (value := getattr(self, f.name)) not in options:
+                    raise LorakitError(f"{name}: {f.name}: unknown `{value}`{near(value, options)}")
+            if own is not None:
+                own(self)
+
+        cls.__post_init__ = check
         cls = dataclass(cls)
         cls.name, cls.title, cls.paper, cls.formula, HOOKS[name] = name, title, paper, formula, cls
         return cls
@@ -95,7 +106,10 @@ def build(config: dict[str, dict[str, Any]] | str) -> Hook:
     for k in options or {}:
         if k not in fields:
             raise LorakitError(f"hooks: {name} has no option `{k}`{near(k, fields)}")
-    return HOOKS[name](**(options or {}))
+    try:
+        return HOOKS[name](**(options or {}))
+    except TypeError as e:
+        raise LorakitError(f"hooks: {name}: a value of the wrong kind ({e})") from None
 
 
 class Hooks:

@@ -41,7 +41,7 @@ class Pair:
 
 
 def pairs(model: nn.Module, what: str = "", both: bool = False, still: bool = False) -> list[Pair]:
-    """The pairs of which something trains (both: both factors; still: those that do not train, too). LorakitError in the name of hook `what` where there are none."""
+    """The pairs of which something trains (both: both factors; still: any). LorakitError in the name of hook `what` where there are none."""
     out = []
     for path, slot in host.slots(model).items():
         for a in slot.methods:

@@ -3,10 +3,10 @@
     every k steps:  W := W + s B A,   A := its random start,   B := 0,   optimiser's memory of A and B pruned
     in the w steps after a restart:  rate := scheduler's rate · j / w,   j = 0, 1, … steps since the restart
 
-The model computes the same before and after a restart. The memory is pruned, not dropped: by default 99 % of it at random, as in
-the official code (exact zeros everywhere upset some sharded optimisers); "magnitude" zeroes the smallest entries. The step
-counter stays. Without the ramp the loss jumps. The base on disk stays as it is: the adapter is saved as one LoRA whose rank is that
-of all rounds together. No restart happens at the last step. Choose a rate about twice that of full training.
+The model computes the same before and after a restart. The memory is pruned, not dropped: by default 99 % of it at random (the same
+entries of all averages; exact zeros everywhere upset some sharded optimisers), or the smallest entries; its step counter stays. Without
+the ramp the loss jumps. The base on disk stays as it is: the adapter is saved as one LoRA whose rank is that of all rounds together.
+No restart happens at the last step. Choose a rate about twice that of full training.
 """
 
 from __future__ import annotations

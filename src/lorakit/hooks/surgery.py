@@ -50,15 +50,19 @@ def forget(optimizer: torch.optim.Optimizer, params: Iterable[nn.Parameter]) -> 
 
 @torch.no_grad()
 def prune(optimizer: torch.optim.Optimizer, params: Iterable[nn.Parameter], share: float, mode: str = "random", gen: torch.Generator | None = None) -> None:
-    """Sets a share of the entries to zero: random ones (each tensor's own), the smallest, or all."""
+    """Sets a share of the entries to zero: random ones, the smallest of each tensor, or all.
+
+    Random ones are the same in all tensors of a parameter: an average of gradients whose average of squares is gone makes a huge step.
+    """
     if mode not in PRUNES or not 0 <= share <= 1:
         raise LorakitError(f"pruning an optimiser's state: mode one of {', '.join(PRUNES)} and a share from 0 to 1, not {mode!r}, {share!r}")
     for p in params:
+        stays = torch.rand(p.shape, generator=gen) >= share if mode == "random" else None
         for _, t in memory(optimizer, p):
             if mode == "zero":
                 t.zero_()
-            elif mode == "random":
-                t.mul_((torch.rand(t.shape, generator=gen) >= share).to(t))
+            elif stays is not None:
+                t.mul_(stays.to(t))
             elif n := int(share * t.numel()):
                 t.masked_fill_(t.abs() <= t.abs().flatten().kthvalue(n).values, 0)
 

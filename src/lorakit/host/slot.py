@@ -209,17 +209,17 @@ class Slot:
     def around(self, own: Callable[..., Any], call: Call) -> Any:
         """The module's answer to a call through the methods around it; the first of them is the innermost."""
         if self.state.rows is not None:
-            raise LorakitError(f"{self.path or 'the model'}: a mixed batch cannot be followed through {', '.join(sorted({m.name for m in self.methods.values()}))}, "
-                               "which change the length of what every row sees; mend: one batch for each adapter")
+            names = ", ".join(sorted({m.name for m in self.methods.values()}))
+            raise LorakitError(f"{self.path or 'the model'}: a mixed batch cannot be followed through {names}, which change what every row sees; "
+                               "mend: one batch for each adapter")
 
         def inner(call: Call) -> Any:
             return own(**call.given)
 
-        for a, g in self.state.active.items():
-            if a in self.methods:
-                if g != 1.0:
-                    raise LorakitError(f"adapter `{a}`: {self.methods[a].name} is there or not, a weight of {g} means nothing; mend: weights of 1")
-                inner = partial(self.methods[a].around, self.params(a), inner, site=self.site)
+        for a in sorted((a for a in self.state.active if a in self.methods), key=lambda a: not self.methods[a].inmost):
+            if (g := self.state.active[a]) != 1.0:
+                raise LorakitError(f"adapter `{a}`: {self.methods[a].name} is there or not, a weight of {g} means nothing; mend: weights of 1")
+            inner = partial(self.methods[a].around, self.params(a), inner, site=self.site)
         return inner(call)
 
     def check_rows(self) -> None:

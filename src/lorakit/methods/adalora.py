@@ -16,6 +16,8 @@ from lorakit.method import Leaf, LowRank, Params, check_rank, method, normal, ze
 
 @method("adalora", title="AdaLoRA", paper="2303.10512", formula="W + s P diag(λ) Q", laws=("rank<=r", "identity"))
 class AdaLoRA(LowRank):
+    peft_dropout = "lora_dropout"
+
     r: int = 12  # rank at the beginning, of which training prunes a part
     alpha: float = 8.0  # strength: the update is scaled by alpha / r
 
@@ -41,3 +43,16 @@ class AdaLoRA(LowRank):
         """How far P and Q are from orthonormal."""
         eye = torch.eye(self.r, dtype=p["P"].dtype, device=p["P"].device)
         return ((p["P"].mT @ p["P"] - eye).norm() + (p["Q"] @ p["Q"].mT - eye).norm()) / 2
+
+    def to_peft(self):
+        return {"peft_type": "ADALORA", "init_r": self.r, "target_r": self.r, "r": 8, "lora_alpha": self.alpha, "init_lora_weights": True, "tinit": 0,
+                "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5, "total_step": 1, "rank_pattern": None, "fan_in_fan_out": False}
+
+    @classmethod
+    def from_peft(cls, config):
+        return cls(config.get("init_r", 12), float(config.get("lora_alpha", 8))) if config.get("peft_type") == "ADALORA" else None
+
+    def at_peft(self, config, shapes):  # pruned: the rank that is left, the scale of the beginning
+        left = shapes["E"][0]
+        alpha = (self.alpha if self.alpha > 0 else self.r) * (left + 1e-5) / (self.r + 1e-5)
+        return self if left == self.r else AdaLoRA(left, alpha)

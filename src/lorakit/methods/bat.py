@@ -15,6 +15,8 @@ from lorakit.method import Additive, Leaf, check_rank, method, zeros
 class Bat(Additive):
     reads_base = True
 
+    peft_dropout = "miss_dropout"
+
     r: int = 64  # size of a block
 
     D = Leaf("blocks r r", zeros, key="miss_block")
@@ -38,3 +40,10 @@ class Bat(Additive):
         D = p["D"][:, None].to(W().dtype)  # (o/r, 1, r, r)
         blocks = W().unflatten(1, (-1, self.r)).unflatten(0, (-1, self.r)).transpose(1, 2)  # (o/r, i/r, r, r)
         return (blocks @ D + D).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def to_peft(self):
+        return {"peft_type": "MISS", "r": self.r, "mini_r": 1, "init_weights": "bat"}
+
+    @classmethod
+    def from_peft(cls, config):
+        return cls(config.get("r", 64)) if config.get("peft_type") == "MISS" and config.get("init_weights") == "bat" else None

@@ -15,7 +15,7 @@ import dataclasses
 from lorakit.errors import LorakitError
 from lorakit.kernels.cayley import cayley, turn
 from lorakit.method import Leaf, choice, method, ones, zeros
-from lorakit.methods.oft import SIDES, Rotation
+from lorakit.methods.oft import SIDES, Rotation, square
 
 
 def shuffle(x, k: int, half: int, back: bool):
@@ -26,6 +26,8 @@ def shuffle(x, k: int, half: int, back: bool):
 
 @method("boft", title="BOFT", paper="2311.06243", formula="diag(m) W Rᵀ, R a product of butterfly factors", laws=("row_angles", "identity"))
 class BOFT(Rotation):
+    peft_layers = ("linear", "conv2d")
+
     block_size: int = 0  # size of a block; 0: 4, or what r says
     r: int = 0  # number of blocks, instead of their size
     factors: int = 1  # number of butterfly factors
@@ -87,3 +89,25 @@ class BOFT(Rotation):
 
     def from_file(self, shapes):
         return dataclasses.replace(self, factors=shapes["Z"][0], block_size=shapes["Z"][2], r=0)
+
+    def to_peft(self):
+        if self.side == "out":
+            return None
+        size = 0 if self.r else self.block_size or 4
+        return {"peft_type": "BOFT", "boft_block_size": size, "boft_block_num": self.r, "boft_n_butterfly_factor": self.factors,
+                "boft_dropout": 0.0, "fan_in_fan_out": False, "init_weights": True}
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "BOFT":
+            return None
+        return cls(config.get("boft_block_size", 4), config.get("boft_block_num", 0), config.get("boft_n_butterfly_factor", 1))
+
+    def layout(self, leaf, site):
+        return (1, site.out) if leaf == "m" and site.slides else None
+
+    def on_peft(self, site):
+        return self.factors == 1 and square(site)
+
+    def at_peft(self, config, shapes):
+        return dataclasses.replace(self, factors=shapes["Z"][0])  # without its CUDA extension PEFT makes one factor, whatever the configuration says

@@ -12,6 +12,8 @@ tokens; without one all of them are labels.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
@@ -76,7 +78,7 @@ class CPT(Prompted):
     def around(self, p, inner, call, site):
         given = dict(call.given)
         kinds, labels = given.pop("input_type_mask", None), given.pop("labels", None)
-        longer, n, t = lengthen(type(call)(given, call.first), self.prompt(p, site), site)
+        longer, n, t = lengthen(dataclasses.replace(call, given=given), self.prompt(p, site), site)
         out = inner(longer)
         if labels is None:
             return shorten(out, n, t) if call.first else out

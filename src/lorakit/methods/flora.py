@@ -43,7 +43,7 @@ class FLoRA(LowRank):
 
     @classmethod
     def examples(cls):
-        return [cls(3, 2, 1, 0.8, False)]  # with a kernel: see tests/test_three_factor.py, they fit some convolutions only
+        return [cls(3, 2, 1, 0.8, False), cls(2, 0, 3, 0.7)]
 
     @property
     def leaves(self):

@@ -46,6 +46,10 @@ def spectrum(shape, method, origin, gen):
 
 @method("fourierft", title="FourierFT", paper="2405.03003", formula="W + alpha Re(ifft2(F)), F sparse", laws=("rank<=min(2 * n_frequency, o, i)", "identity"))
 class FourierFT(Additive):
+    anchor = "(?!)|^"  # PEFT puts `.*\\.` before a key, which a whole path must get rid of
+    varies = {"n_frequency_pattern": ("n_frequency", "n_frequency")}
+    peft_layers = ("linear", "transposed")
+
     n_frequency: int = 1000  # how many entries of the spectrum train
     alpha: float = 150.0  # strength (PEFT's scaling); one number of c moves W by at most alpha / (o i)
     random_loc_seed: int = 777  # the seed of the places
@@ -88,3 +92,14 @@ class FourierFT(Additive):
         _, _, at, of = self.at(p)
         F = c.new_zeros(o * (i // 2 + 1)).index_add(0, at, c[of] / 2).unflatten(0, (o, -1))
         return torch.fft.irfft2(F, s=(o, i)) * self.alpha
+
+    def to_peft(self):
+        return {"peft_type": "FOURIERFT", "n_frequency": self.n_frequency, "scaling": self.alpha, "random_loc_seed": self.random_loc_seed,
+                "fan_in_fan_out": False, "init_weights": self.begin == "zeros"}
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "FOURIERFT":
+            return None
+        return cls(config.get("n_frequency", 1000), float(config.get("scaling", 150.0)), config.get("random_loc_seed", 777),
+                   "zeros" if config.get("init_weights") else "normal")

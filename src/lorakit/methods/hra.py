@@ -17,7 +17,7 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.method import Leaf, check_rank, choice, method
-from lorakit.methods.oft import SIDES, Rotation
+from lorakit.methods.oft import SIDES, Rotation, square
 
 
 def pairs(shape, method, origin, gen):
@@ -29,6 +29,8 @@ def pairs(shape, method, origin, gen):
 
 @method("hra", title="HRA", paper="2405.17484", formula="W (I - 2 u_1 u_1ᵀ) … (I - 2 u_r u_rᵀ)", laws=("orthogonal", "rank<=r", "row_angles", "identity"))
 class HRA(Rotation):
+    peft_layers = ("linear", "conv2d")
+
     r: int = 8  # number of reflections
     gram_schmidt: bool = False  # the reflections are made orthogonal to each other (PEFT's apply_GS); changes the model at step 0
     begin: str = choice("symmetric", ("symmetric", "random"))  # pairs that undo each other (r even), or any columns: changes the model at step 0
@@ -76,3 +78,19 @@ class HRA(Rotation):
 
     def from_file(self, shapes):
         return dataclasses.replace(self, r=shapes["U"][1])
+
+    def to_peft(self):
+        return {"peft_type": "HRA", "r": self.r, "apply_GS": self.gram_schmidt, "init_weights": self.begin == "symmetric"} if self.side == "in" else None
+
+    def layout(self, leaf, site):
+        return (self.size(site.out, site.in_), self.r) if site.slides else None
+
+    def on_peft(self, site):
+        return square(site)
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "HRA":
+            return None
+        r, symmetric = config.get("r", 8), config.get("init_weights", True)
+        return cls(r, bool(config.get("apply_GS")), "symmetric" if symmetric and r % 2 == 0 else "random")

@@ -16,6 +16,9 @@ from lorakit.method import Leaf, Method, choice, method, ones
 
 @method("ia3", title="(IA)³", paper="2205.05638", formula="diag(l) W, or W diag(l)", laws=("row_gain", "row_angles", "identity"), aliases=("(ia)3",))
 class IA3(Method):
+    varies = {"feedforward_modules": ("feedforward", "side")}
+    peft_layers = ("linear", "transposed", "conv2d", "conv3d")
+
     side: str = choice("out", ("out", "in"))  # what is scaled: the layer's outputs, bias included, or its inputs
 
     l = Leaf("o one", ones, key="ia3_l")
@@ -53,3 +56,21 @@ class IA3(Method):
     def from_file(self, shapes):
         rows, columns = shapes["l"]
         return self if rows == columns else dataclasses.replace(self, side="out" if columns == 1 else "in")
+
+    def to_peft(self):
+        return {"peft_type": "IA3", "fan_in_fan_out": False, "init_ia3_weights": True, "feedforward": self.side == "in"}
+
+    @classmethod
+    def from_peft(cls, config):
+        return cls() if config.get("peft_type") == "IA3" else None
+
+    def layout(self, leaf, site):
+        return (1, site.out, *[1] * site.n) if site.slides and self.side == "out" else None
+
+    def on_peft(self, site):
+        return not (site.slides and self.side == "in")
+
+    def at_peft(self, config, shapes):
+        if len(shapes["l"]) == 2:
+            return self.from_file(shapes)
+        return self  # a convolution, whose inputs PEFT scales by channel and not by entry of the kernel

@@ -10,7 +10,7 @@ two factors of rank r², their rows' and columns' Kronecker products; that way i
 from __future__ import annotations
 
 from lorakit.kernels.tensor_train import pays
-from lorakit.method import Additive, Leaf, Start, check_rank, choice, kaiming, method, normal, zeros
+from lorakit.method import Additive, Leaf, Start, check_rank, choice, kaiming, method, normal, refuse, zeros
 
 STARTS = ("peft", "lycoris")
 
@@ -22,6 +22,9 @@ def by_start(peft: Start, lycoris: Start) -> Start:
 
 @method("loha", title="LoHa", paper="2108.06098", formula="W + (alpha/r) (w1_a w1_b) ∘ (w2_a w2_b)", laws=("rank<=min(r * r, o, i)", "identity"))
 class LoHa(Additive):
+    varies = {"rank_pattern": ("r", "r"), "alpha_pattern": ("alpha", "alpha")}
+    peft_layers = ("linear", "conv1d", "conv2d")
+
     r: int = 8  # rank of each of the two products; the update reaches its square
     alpha: float = 8.0  # strength: the update is scaled by alpha / r
     begin: str = choice("peft", STARTS)  # which factor starts at zero: w2_b, the others uniform (peft); w2_a, the others normal (lycoris)
@@ -52,3 +55,14 @@ class LoHa(Additive):
 
     def transpose(self, p):
         return {k.translate(str.maketrans("ab", "ba")): t.mT for k, t in p.items()}
+
+    def to_peft(self):
+        return {"peft_type": "LOHA", "r": self.r, "alpha": self.alpha, "rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False,
+                "init_weights": True}
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "LOHA":
+            return None
+        refuse(config, use_effective_conv2d=False)
+        return cls(config.get("r", 8), float(config.get("alpha", 8)))

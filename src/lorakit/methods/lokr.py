@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 
 from lorakit.errors import LorakitError
-from lorakit.method import Additive, Leaf, check_rank, choice, kaiming, method, zeros
+from lorakit.method import Additive, Leaf, check_rank, choice, kaiming, method, refuse, zeros
 from lorakit.methods.loha import STARTS, by_start
 
 
@@ -33,6 +33,8 @@ def factorization(d: int, factor: int = -1) -> tuple[int, int]:
 @method("lokr", title="LoKr", paper="2309.14859", formula="W + (alpha/r) W1 ⊗ W2",
         laws=("rank<=min(l, m, r + full1 * l) * min(k, n, r + full2 * k)", "identity"))
 class LoKr(Additive):
+    varies = {"rank_pattern": ("r", "r"), "alpha_pattern": ("alpha", "alpha")}
+
     r: int = 8  # rank of a factor that is a product; a factor that would not be smaller is full
     alpha: float = 8.0  # strength: the update is scaled by alpha / r
     decompose_factor: int = -1  # the first part of both sizes, where it divides them; -1: the divisor nearest to the root
@@ -76,3 +78,16 @@ class LoKr(Additive):
         for F in reversed(W2):
             h = h @ F.to(x.dtype).mT
         return ((W1 * (self.alpha / self.r)).to(x.dtype) @ h).flatten(-2)
+
+    def to_peft(self):
+        return {"peft_type": "LOKR", "r": self.r, "alpha": self.alpha, "rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False,
+                "decompose_both": self.decompose_both, "decompose_factor": self.decompose_factor, "rank_dropout_scale": False,
+                "init_weights": "lycoris" if self.begin == "lycoris" else True}
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "LOKR":
+            return None
+        refuse(config, use_effective_conv2d=False)
+        return cls(config.get("r", 8), float(config.get("alpha", 8)), config.get("decompose_factor", -1), bool(config.get("decompose_both")),
+                   "lycoris" if config.get("init_weights") == "lycoris" else "peft")

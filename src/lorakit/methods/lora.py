@@ -10,11 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 
-from lorakit.method import SCALINGS, Leaf, LowRank, check_rank, choice, kaiming, method, normal, zeros
+from lorakit.method import SCALINGS, Leaf, LowRank, check_rank, choice, kaiming, method, normal, refuse, zeros
+
+# what PEFT 0.21 writes for a LoRA that uses none of these; what would change the numbers and is not here must have this value
+PEFT = {
+    "alora_invocation_tokens": None, "arrow_config": None, "bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
+    "fan_in_fan_out": False, "init_lora_weights": True, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_ga_config": None,
+    "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None,
+    "trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False, "velora_config": None,
+}
+MATHS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora",
+         "velora_config")
 
 
 @method("lora", title="LoRA", paper="2106.09685", formula="W + s B A", laws=("rank<=r", "identity"))
 class LoRA(LowRank):
+    varies = {"rank_pattern": ("r", "r"), "alpha_pattern": ("lora_alpha", "alpha")}
+    peft_layers = ("linear", "transposed", "embedding", "conv1d", "conv2d", "conv3d", "parameter")
+    peft_dropout = "lora_dropout"
+
     r: int = 8  # rank
     alpha: float = 16.0  # strength: the update is scaled by s = alpha / r
     scaling: str = choice("standard", SCALINGS)  # standard: alpha/r; rslora: alpha/sqrt(r)
@@ -58,10 +72,11 @@ class LoRA(LowRank):
 
     def to_peft(self):
         alpha = int(self.alpha) if float(self.alpha).is_integer() else self.alpha
-        return {"peft_type": "LORA", "r": self.r, "lora_alpha": alpha, "use_rslora": self.scaling == "rslora", "lora_bias": self.lora_bias}
+        return PEFT | {"peft_type": "LORA", "r": self.r, "lora_alpha": alpha, "use_rslora": self.scaling == "rslora", "lora_bias": self.lora_bias}
 
     @classmethod
     def from_peft(cls, config):
         if config.get("peft_type") != "LORA":
             return None
+        refuse(config, **{k: PEFT[k] for k in MATHS})
         return cls(config.get("r", 8), config.get("lora_alpha", 8), "rslora" if config.get("use_rslora") else "standard", bool(config.get("lora_bias")))

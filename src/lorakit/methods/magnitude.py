@@ -51,7 +51,7 @@ class Magnitude(Wrapper):
 
     def to_peft(self):
         inner = self.inner.to_peft()
-        return inner | {"use_dora": True} if inner and self.detach else None
+        return inner | {"use_dora": True} if inner and "use_dora" in inner and self.detach else None
 
     @classmethod
     def from_peft(cls, config):

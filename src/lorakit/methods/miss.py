@@ -17,6 +17,8 @@ from lorakit.method import Leaf, LowRank, check_rank, method, sizes, zeros
 
 @method("miss", title="MiSS", paper="2409.15371", formula="W + Dᵀ S, S the sum over shards", laws=("rank<=r", "identity"), aliases=("bone",))
 class MiSS(LowRank):
+    peft_dropout = "miss_dropout"
+
     r: int = 64  # rank: the size of a shard
     mini_r: int = 0  # D has this many columns and repeats along the outputs; 0: a column for every output
 
@@ -50,3 +52,12 @@ class MiSS(LowRank):
         h = F.pad(drop(x), (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r)).sum(-2)
         y = h @ p["D"].to(h.dtype)
         return y.repeat(*[1] * (y.dim() - 1), site.out // y.shape[-1])
+
+    def to_peft(self):
+        return {"peft_type": "MISS", "r": self.r, "mini_r": self.mini_r or 1, "init_weights": "mini" if self.mini_r else True}
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "MISS" or config.get("init_weights") == "bat":
+            return None
+        return cls(config.get("r", 64), config.get("mini_r", 1) if config.get("init_weights") == "mini" else 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.kernels.cayley import block_of, cayley, cayley_series, skew, turn
-from lorakit.method import Leaf, Method, Params, choice, method, zeros
+from lorakit.method import Leaf, Method, Params, choice, method, refuse, zeros
 
 SIDES = ("in", "out")
 
@@ -55,6 +55,12 @@ class Rotation(Method):
         return f"{self.name} needs at least two coordinates to turn" if self.size(site.out, site.in_) < 2 else None
 
 
+def square(site) -> bool:
+    """Whether a convolution is alike in all directions: PEFT looks at the first one only."""
+    m = site.module
+    return not site.slides or all(len(set(v)) == 1 for v in (m.kernel_size, m.stride, m.padding))
+
+
 def divisor(n: int, near: int) -> int:
     """The divisor of n nearest to a number, the lower of two that are equally near."""
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - near), d))
@@ -63,6 +69,8 @@ def divisor(n: int, near: int) -> int:
 @method("oft", title="OFT", paper="2306.07280", formula="W Rᵀ, R = blockdiag((I - Q)(I + Q)⁻¹)", laws=("orthogonal", "row_angles", "identity"),
         aliases=("oftv2", "oft-v2"))
 class OFT(Rotation):
+    peft_layers = ("linear", "conv2d")
+
     block_size: int = 0  # size of a block; 0: 32, or what r says
     r: int = 0  # number of blocks, instead of their size
     block_share: bool = False  # one rotation for all blocks of a layer
@@ -109,3 +117,21 @@ class OFT(Rotation):
 
     def from_file(self, shapes):
         return dataclasses.replace(self, block_size=block_of(shapes["R"][1]), r=0)
+
+    def to_peft(self):
+        if self.side == "out" or self.eps:
+            return None
+        return {"peft_type": "OFT", "r": self.r, "oft_block_size": 0 if self.r else self.block_size or 32, "block_share": self.block_share, "coft": False,
+                "module_dropout": 0.0, "fan_in_fan_out": False, "init_weights": True, "use_cayley_neumann": self.series > 0,
+                "num_cayley_neumann_terms": self.series or 5}
+
+    def on_peft(self, site):  # where patches overlap PEFT turns their sum, which is no convolution any more and not what it merges
+        return not site.slides or set(site.module.kernel_size) == {1} and square(site)
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "OFT":
+            return None
+        refuse(config, coft=False)
+        terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else 0
+        return cls(config.get("oft_block_size", 32), config.get("r", 0), bool(config.get("block_share")), series=terms)

@@ -5,7 +5,7 @@
 P (n, 2 L kv) trains: n pairs for each of L layers, kv = key-value heads · head size. With `projection` it is W2 tanh(W1 E + b1) + b2,
 E (n, kv), while training, and is saved as what comes out. It starts at N(0, 1); "zero" starts P at zero, which is not the base's function:
 keys of zero still take their share of the attention. Positions of real tokens start at n; it lives in the cache, which gradient
-checkpointing forbids.
+checkpointing forbids. Of an encoder and decoder, the decoder's own attention gets it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ def last(start):
 
 @method("prefix", title="Prefix tuning", paper="2101.00190", formula="softmax(q [P_k; K]ᵀ) [P_v; V] in every layer")
 class Prefix(Around):
+    inmost = True
+
     num_virtual_tokens: int = 20  # n, learnt pairs of key and value in each layer
     projection: bool = False  # P comes from a small network while training
     hidden: int = 0  # its width; 0: kv
-    start_at: str = choice("normal", ("normal", "zero"))
+    start_at: str = choice("normal", ("normal", "zero"))  # N(0, 1), or zero, which is not the base either
     depth: int = 0  # L, the model's layers; found out
     heads: int = 0  # its key-value heads; found out
     head_dim: int = 0  # the size of a head; found out
+    decoder: bool = False  # of an encoder and decoder, only the decoder's own attention has it; found out
+    crossed: bool = False  # as in PEFT's files of such models: layer l takes the pairs of layer 2 l mod L
 
     P = Leaf("num_virtual_tokens states", last(normal(1.0)), key="prompt_embeddings")
     E = Leaf("num_virtual_tokens kv", normal(1.0), key="prompt_encoder.embedding.weight")
@@ -46,7 +50,7 @@ class Prefix(Around):
 
     @classmethod
     def examples(cls):
-        return [cls(3, True, 6, "zero", 2, 2, 4), cls(4, depth=1, heads=1, head_dim=8)]
+        return [cls(3, True, 6, "zero", 2, 2, 4, True, True), cls(4, depth=1, heads=1, head_dim=8)]
 
     @property
     def leaves(self):
@@ -57,13 +61,14 @@ class Prefix(Around):
         return super().dims(o, i) | {"kv": kv, "states": 2 * self.depth * kv, "hidden": self.hidden or kv}
 
     def on(self, site):
-        return dataclasses.replace(self, depth=site.layers, heads=site.heads, head_dim=site.head_dim) if site.whole == self.around_a else self
+        return self if site.whole != self.around_a else dataclasses.replace(
+            self, decoder=site.pairs, depth=site.layers, heads=site.heads, head_dim=site.head_dim)
 
     def unfit(self, site):
         if why := super().unfit(site):
             return why
-        if site.pairs or site.cached is None:
-            return f"prefix tuning fills the cache of a decoder, and {site.called} is no decoder alone; mend: prompt-tuning"
+        if site.cached is None and not site.pairs:
+            return f"prefix tuning fills a cache of keys and values, which {site.called} does not take; mend: prompt-tuning"
         return None
 
     def prefix(self, p):  # (n, 2 L kv)
@@ -73,6 +78,7 @@ class Prefix(Around):
 
     def around(self, p, inner, call, site):
         P = self.prefix(p).unflatten(1, (self.depth, 2, self.heads, self.head_dim))
+        P = P[:, [2 * layer % self.depth for layer in range(self.depth)]] if self.crossed else P
         return prefilled(inner, call, P.permute(1, 2, 3, 0, 4), site)
 
     def size(self, p):
@@ -82,7 +88,7 @@ class Prefix(Around):
         return dataclasses.replace(self, projection=False, hidden=0), {"P": self.prefix(p)}
 
     def to_peft(self):
-        return None if self.projection else {
+        return None if self.projection or self.decoder != self.crossed else {
             "peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.num_virtual_tokens, "num_layers": self.depth, "prefix_projection": False,
             "num_attention_heads": self.heads, "token_dim": self.heads * self.head_dim, "encoder_hidden_size": None, "init_weights": None}
 
@@ -90,5 +96,5 @@ class Prefix(Around):
     def from_peft(cls, config):
         if config.get("peft_type") != "PREFIX_TUNING":
             return None
-        heads = config["num_attention_heads"]
-        return cls(config["num_virtual_tokens"], depth=config["num_layers"], heads=heads, head_dim=config["token_dim"] // heads)
+        heads, pairs = config["num_attention_heads"], config.get("num_transformer_submodules") == 2
+        return cls(config["num_virtual_tokens"], decoder=pairs, crossed=pairs, depth=config["num_layers"], heads=heads, head_dim=config["token_dim"] // heads)

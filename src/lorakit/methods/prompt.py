@@ -19,7 +19,7 @@ STARTS = ("random", "scaled", "vocab", "text")
 
 
 def begin(shape, method, origin, gen):
-    n, d = shape
+    n = shape[0]
     if method.start_at == "random":
         return torch.randn(shape, generator=gen)
     W = origin()  # (d, vocabulary)

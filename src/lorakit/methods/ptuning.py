@@ -37,13 +37,14 @@ class PTuning(Prompted):
     lstm_layers: int = 2  # of the LSTM
     encoder_dropout: float = 0.0  # between the LSTM's layers, in training
     width: int = 0  # d, that of the embeddings; found out
+    copies: int = 1  # 2 in the file for an encoder and decoder, of which PEFT uses the first; found out
 
     def __post_init__(self):
         check(self, "num_virtual_tokens")
 
     @classmethod
     def examples(cls):
-        return [cls(3, "lstm", 6, 1, 0.1, 8), cls(4, hidden=5, width=8)]
+        return [cls(3, "lstm", 6, 1, 0.1, 8, 2), cls(4, hidden=5, width=8)]
 
     @property
     def leaves(self):
@@ -62,7 +63,7 @@ class PTuning(Prompted):
         return super().dims(o, i) | {"hidden": h, "both": 2 * h, "gates": 4 * h}
 
     def on(self, site):
-        return dataclasses.replace(self, width=site.out) if site.whole == self.around_a else self
+        return dataclasses.replace(self, width=site.out, copies=2 if site.pairs else 1) if site.whole == self.around_a else self
 
     def encoded(self, p, train=False):  # (n, d)
         h, parts = p["E"], 3
@@ -83,4 +84,4 @@ class PTuning(Prompted):
         return self.encoded(p).norm()
 
     def for_files(self, p):
-        return Prompt(self.num_virtual_tokens), {"P": self.encoded(p)}
+        return Prompt(self.num_virtual_tokens, copies=self.copies), {"P": self.encoded(p).repeat(self.copies, 1)}

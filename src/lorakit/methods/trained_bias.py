@@ -43,8 +43,13 @@ class TrainedBias(Wrapper):
 
     def to_peft(self):
         inner = self.inner.to_peft()
-        return inner and inner | {"bias": "lora_only"}
+        return inner | {"bias": "lora_only"} if inner and "bias" in inner else None
 
     @classmethod
     def from_peft(cls, config):
-        return None if config.get("bias", "none") == "none" else cls(method_from_peft(config | {"bias": "none"}))
+        if config.get("bias", "none") == "none":
+            return None
+        inner = method_from_peft(config | {"bias": "none"})
+        if "bias" not in (inner.to_peft() or {}):
+            raise LorakitError(f"the adapter uses `bias: {config['bias']}` beside {inner.core.name}, which this version of lorakit does not carry out")
+        return cls(inner)

@@ -27,6 +27,9 @@ def logits(shape, method, origin, gen):
 
 @method("vblora", title="VB-LoRA", paper="2405.15179", formula="W + B A, pieces of A and B are mixtures from one bank", laws=("rank<=r",), aliases=("vb-lora",))
 class VBLoRA(LowRank):
+    peft_layers = ("linear", "transposed")
+    peft_dropout = "vblora_dropout"
+
     r: int = 4  # rank
     num_vectors: int = 256  # h, vectors in the bank
     vector_length: int = 256  # b, must divide inputs and outputs
@@ -62,3 +65,21 @@ class VBLoRA(LowRank):
     def factors(self, p):
         B = self.mixture(p["lb"], p["V"])  # (o/b, r, b)
         return B.transpose(1, 2).flatten(0, 1), self.mixture(p["la"], p["V"]).flatten(1)
+
+    def to_peft(self):
+        names = ("r", "num_vectors", "vector_length", "topk", "init_vector_bank_bound", "init_logits_std")
+        return {"peft_type": "VBLORA", "save_only_topk_weights": False, "fan_in_fan_out": False} | {k: getattr(self, k) for k in names}
+
+    @classmethod
+    def from_peft(cls, config):
+        names = ("r", "num_vectors", "vector_length", "topk", "init_vector_bank_bound", "init_logits_std")
+        return cls(**{k: config[k] for k in names if k in config}) if config.get("peft_type") == "VBLORA" else None
+
+    def restored(self, config, tensors):
+        out = dict(tensors)
+        for k in [k for k in tensors if k.endswith("_topk_indices")]:
+            base = k.removesuffix("_topk_indices")
+            at, w = out.pop(k).long(), out.pop(f"{base}_topk_weights").float()
+            w = torch.cat([w, 1 - w.sum(-1, keepdim=True)], -1).clamp_min(1e-30).log()
+            out[base] = torch.full((*w.shape[:-1], self.num_vectors), -1e4).scatter(-1, at, w)  # what is not among the chosen counts for nothing
+        return out

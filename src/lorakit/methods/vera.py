@@ -23,6 +23,9 @@ def kaiming_relu(shape, method, origin, gen):
 
 @method("vera", title="VeRA", paper="2310.11454", formula="W + diag(b) B diag(d) A, A and B frozen and shared", laws=("rank<=r", "identity"))
 class VeRA(LowRank):
+    peft_layers = ("linear", "transposed")
+    peft_dropout = "vera_dropout"
+
     r: int = 256  # rank; costs almost nothing here
     d_initial: float = 0.1  # where d starts
     projection_prng_key: int = 0  # the seed of A and B
@@ -46,3 +49,17 @@ class VeRA(LowRank):
 
     def factors(self, p):
         return p["b"], p["B"], p["d"], p["A"]
+
+    @property
+    def redrawn(self):
+        return () if self.save_projection else ("A", "B")
+
+    def to_peft(self):
+        return {"peft_type": "VERA", "r": self.r, "d_initial": self.d_initial, "projection_prng_key": self.projection_prng_key,
+                "save_projection": self.save_projection, "fan_in_fan_out": False, "init_weights": True}
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "VERA":
+            return None
+        return cls(config.get("r", 256), config.get("d_initial", 0.1), config.get("projection_prng_key", 0), config.get("save_projection", True))

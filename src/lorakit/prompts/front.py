@@ -8,6 +8,7 @@ and decoder get the prompt in front of the encoder's input.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any
 
@@ -59,6 +60,9 @@ def shifted(given: dict[str, Any], n: int) -> dict[str, Tensor]:
     at = given.get("position_ids")
     if at is not None and at.dim() != 2:
         raise LorakitError("a prompt cannot be placed among positions of several dimensions; mend: leave position_ids out")
+    mask = given.get("attention_mask")
+    if at is not None and (mask is None or bool(mask.all())) and bool((at.diff() < 1).any()):
+        raise LorakitError("several rows are packed into one here, and a prompt would stand before the first of them alone; mend: packing: false")
     return {} if at is None else {"position_ids": at + n}
 
 
@@ -98,7 +102,7 @@ def lengthen(call: Any, prompt: Tensor, site: Any) -> tuple[Any, int, int]:
     for name in ("start_positions", "end_positions"):
         more |= {name: given[name] + n} if given.get(name) is not None else {}
     longer = call.having(**more)
-    return type(call)({k: v for k, v in longer.given.items() if k != "input_ids"}, call.first), n, t
+    return dataclasses.replace(longer, given={k: v for k, v in longer.given.items() if k != "input_ids"}), n, t
 
 
 def shorten(out: Any, n: int, t: int) -> Any:

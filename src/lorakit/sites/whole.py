@@ -23,10 +23,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its arguments by name, and whether no earlier call left anything in a cache."""
+    """One call of a module: its arguments by name, whether no earlier call left anything in a cache, and whether it is `generate` that is called."""
 
     given: dict[str, Any]
     first: bool = True
+    generates: bool = False
 
     def having(self, **given: Any) -> Call:
         return dataclasses.replace(self, given=self.given | given)
@@ -86,7 +87,7 @@ class ModelSite(WholeSite):
         ids, pad = given.get("input_ids"), getattr(self.module.generation_config, "pad_token_id", None)
         if ids is not None and given.get("attention_mask") is None:
             given["attention_mask"] = torch.ones_like(ids) if pad is None else (ids != pad).long()
-        return Call(given)
+        return Call(given, generates=True)
 
     @property
     def pairs(self) -> bool:

@@ -104,8 +104,38 @@ class AdapterTrainerMixin:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kw)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
         if model.training:
-            loss = loss + self._every.extra_loss(outputs)
+            whole = self.loss_is_scaled_for_ga  # over all micro-batches already, so that Trainer does not divide by their number
+            if whole is None:
+                whole = bool(self.model_accepts_loss_kwargs and kw.get("num_items_in_batch") is not None) or self.compute_loss_func is not None
+            loss = loss if whole else loss * self._share
+            loss = loss + self._every.extra_loss(outputs) * (self._share / self.current_gradient_accumulation_steps if whole else self._share)
         return (loss, outputs) if return_outputs else loss
+
+    _share = 1.0  # of the micro-batch's rows, while one task's are on
+
+    def training_step(self, model, inputs, *args, **kw):
+        """With a hook that wants tasks' gradients apart: a backward pass for each task in the batch, told by its tensor `task`."""
+        if self._every.combiner is None:
+            return super().training_step(model, inputs, *args, **kw)
+        if "task" not in inputs:
+            raise LorakitError(f"{self._every.combiner.name}: the batch has no tensor `task` with the number of each row's task; mend: a column `task`, "
+                               "remove_unused_columns: false, and a collator that keeps it")
+        inputs = dict(inputs)
+        task = inputs.pop("task").flatten().cpu()
+        loss = 0.0
+        for k in task.unique().tolist():
+            rows = (task == k).nonzero().squeeze(1)
+            part = {n: t[rows.to(t.device)] if isinstance(t, torch.Tensor) and t.dim() and len(t) == len(task) else t for n, t in inputs.items()}
+            self._share = len(rows) / len(task)
+            try:
+                with self.accelerator.no_sync(model):  # the tasks' gradients are summed over processes apart, by the hooks
+                    loss = loss + super().training_step(model, part, *args, **kw)
+            finally:
+                self._share = 1.0
+            self._every.keep(k)
+        if self.accelerator.sync_gradients:
+            self._every.combine()
+        return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:

@@ -38,6 +38,16 @@ class TaskType(str, enum.Enum):  # noqa: UP042 (as in PEFT: its text is `TaskTyp
 
 class PeftType(str, enum.Enum):  # noqa: UP042
     LORA = "LORA"
+    VERA = "VERA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    IA3 = "IA3"
+    OFT = "OFT"
+    BOFT = "BOFT"
+    HRA = "HRA"
+    FOURIERFT = "FOURIERFT"
+    VBLORA = "VBLORA"
+    MISS = "MISS"
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"

@@ -123,7 +123,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     recipe, kind = "prefix-tuning", PeftType.PREFIX_TUNING
 
     def options(self, model):
-        return {"projection": self.prefix_projection, "hidden": self.encoder_hidden_size, "start_at": "zero" if self.init_weights == "zero" else "normal"}
+        pairs = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        return {"crossed": pairs, "projection": self.prefix_projection, "hidden": self.encoder_hidden_size,
+                "start_at": "zero" if self.init_weights == "zero" else "normal"}
 
 
 @register

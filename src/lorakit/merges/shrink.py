@@ -1,0 +1,62 @@
+"""Bring your own LoRA: lower the rank of a trained adapter, without its data and without a matrix of the layer's size.
+
+    B = Q_B R_B,   Aᵀ = Q_A R_A,   s R_B R_Aᵀ = U diag(σ) Vᵀ (r x r)   →   B' = Q_B U_q diag(σ_q),   A' = V_qᵀ Q_Aᵀ
+
+That is the best of all rank-q updates (Eckart and Young); what is left out has the norm sqrt(sum of the σ² beyond the q-th).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorakit import host
+from lorakit.errors import LorakitError
+from lorakit.maps import each
+from lorakit.method import Method
+from lorakit.methods.lora import LoRA
+from lorakit.recipes import compose
+from lorakit.spec import attach
+
+
+def shrunk(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """B' and A' of this rank nearest to B A; the norm of what is left out, and of B A."""
+    (QB, RB), (QA, RA) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().mT)
+    U, S, V = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
+    q = min(rank, S.shape[-1])
+    B2, A2 = QB @ (U[..., :q] * S[..., None, :q]), V[..., :q, :] @ QA.mT
+    return B2.to(B.dtype), A2.to(A.dtype), float(S[..., q:].norm()), float(S.norm())
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, name: str, rank: int, new_name: str) -> dict[str, float]:
+    """Puts a copy of an adapter with a lower rank on the model, beside it and not active; returns each target's relative error, and "overall".
+
+    The adapter is a product of two factors on every target, its scale included: LoRA and whatever amounts to one.
+    """
+    state = host.known(model, [name])
+    if rank < 1:
+        raise LorakitError(f"shrink: the rank must be at least 1, not {rank}")
+    if new_name in state.specs:
+        raise LorakitError(f"shrink: the model has an adapter `{new_name}` already")
+    made, errors = {}, {}
+    for path, slot in host.slots(model, name).items():
+        if name in slot.tied:
+            continue
+        method, p = slot.methods[name], slot.params(name)
+        if method.replaces or (slot.absorbed and slot.absorbed.adapter == name) or method.bias(p, slot.site.bias) is not slot.site.bias or \
+                method.two(slot.first(name)) is None:
+            raise LorakitError(f"shrink: on {path} the adapter is no product of two factors ({method.name}); mend: lorakit.save(form='lora', rank={rank})")
+        B, A, left, whole = shrunk(*each(slot.site, method, method.two, p), rank)
+        made[path], errors[path] = (B, A), (left, whole)
+    plan: dict[str, Method] = {p: LoRA(A.shape[-2], float(A.shape[-2])) for p, (_, A) in made.items()}
+    was, spec = state.specs[name], compose(LoRA(rank, float(rank)), target_modules=list(plan))
+    active = dict(state.active)
+    attach(model, new_name, compose(spec, tie=was.tie, dropout=was.dropout), plan, empty=True)
+    host.state_of(model).active = active
+    for path, (B, A) in made.items():
+        p = host.slots(model, new_name)[path].params(new_name)
+        p["B"].copy_(B)
+        p["A"].copy_(A)
+    left, whole = (sum(e[n] ** 2 for e in errors.values()) ** 0.5 for n in (0, 1))
+    return {p: a / b if b else 0.0 for p, (a, b) in errors.items()} | {"overall": left / whole if whole else 0.0}
