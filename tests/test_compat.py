@@ -789,8 +789,8 @@ def test_other_errors_name_the_mend(tmp_path):
     for call in (model.set_adapter, model.delete_adapter, lambda n: model.set_adapter([n])):
         with pytest.raises(ValueError, match="no adapter `defualt`; did you mean `default`"):
             call("defualt")
-    theirs.get_peft_model(tiny.llama(), theirs.IA3Config(target_modules=["k_proj"], feedforward_modules=[])).save_pretrained(tmp_path)
-    with pytest.raises(LorakitError, match="has no peft_type `IA3`"):
+    theirs.get_peft_model(tiny.llama(), theirs.RandLoraConfig(target_modules=["k_proj"], r=2)).save_pretrained(tmp_path)
+    with pytest.raises(LorakitError, match="has no peft_type `RANDLORA`"):
         ours.PeftModel.from_pretrained(tiny.llama(), tmp_path)
     with pytest.raises(LorakitError, match="key_mapping"):
         model.load_adapter(tmp_path, "x", key_mapping={"a": "b"})

@@ -412,7 +412,7 @@ def test_decay_of_factors_written_out(of):
             total += sum(x**2 for t in (p.A, p.B) for x in t.flatten().tolist())
         else:
             total += float((p.s * p.B @ p.A).square().sum())
-    assert float(hook.extra_loss(model, None)) == pytest.approx(0.3 * total, rel=1e-5)
+    assert float(hook.extra_loss(model, None).detach()) == pytest.approx(0.3 * total, rel=1e-5)
 
 
 def test_decay_of_factors_is_twice_the_nuclear_norm_at_its_minimum():

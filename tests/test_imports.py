@@ -19,7 +19,8 @@ from lorakit.stores import STORES
 
 ROOT = Path(lorakit.__file__).parent
 FILES = sorted(p for p in ROOT.rglob("*.py") if "assets" not in p.parts)
-CORE = {"errors", "maps", "kernels", "method", "methods", "stores", "sites", "inits", "host", "targets", "spec", "recipes", "formats", "models", "prompts", "proof", "api"}
+CORE = {"errors", "maps", "kernels", "method", "methods", "stores", "sites", "inits", "host", "targets", "spec", "recipes", "formats", "models", "prompts",
+        "proof", "api"}
 MAY = {  # unit -> units of lorakit it may import, besides itself and errors
     "errors": set(), "maps": set(), "kernels": set(), "models": set(),
     "stores": set(), "sites": {"stores"},

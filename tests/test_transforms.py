@@ -18,8 +18,8 @@ from lorakit.methods.boft import BOFT
 from lorakit.methods.hra import HRA
 from lorakit.methods.ia3 import IA3
 from lorakit.methods.oft import OFT, divisor
-from lorakit.methods.svdiff import SVDiff
 from lorakit.methods.spectral import Spectral
+from lorakit.methods.svdiff import SVDiff
 from lorakit.recipes import compose
 from lorakit.spec import Spec
 

@@ -43,10 +43,10 @@ from lorakit.methods.poly import Poly
 from lorakit.methods.prefix import Prefix
 from lorakit.methods.prompt import Prompt
 from lorakit.methods.ptuning import PTuning
-from lorakit.methods.svdiff import SVDiff
 from lorakit.methods.sora import SoRA
 from lorakit.methods.sparse_lora import SparseLoRA
 from lorakit.methods.spectral import Spectral
+from lorakit.methods.svdiff import SVDiff
 from lorakit.methods.tied_lora import TiedLoRA
 from lorakit.methods.trilora import TriLoRA
 from lorakit.methods.vblora import VBLoRA

@@ -159,7 +159,7 @@ class Export:
             raise LorakitError(f"{slot.path}: {method.core.name} changes the bias, which a LoRA cannot; {way}")
         W = Base(site).weight()
         U, S, V = torch.linalg.svd((each(site, method, method.weight, dict(p), W) - W).double(), full_matrices=False)
-        exact = max(1, int((S > S.amax(-1, keepdim=True) * max(W.shape[-2:]) * 1e-7).sum(-1).max()))
+        exact = max(1, int((S.amax(-1, keepdim=True) * max(W.shape[-2:]) * 1e-7 < S).sum(-1).max()))
         if self.rank is None:
             raise LorakitError(f"{slot.path}: {method.core.name} is not exactly a plain LoRA of its own rank; mend: rank={exact} would be exact here, "
                                "a lower one near it; or form='native'")

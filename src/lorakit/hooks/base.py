@@ -252,8 +252,9 @@ class Step:
             self.scheduler.step()
         optimizer.zero_grad()
         model.zero_grad()
-        self.done, self._fresh = self.done + 1, True
+        self.done += 1
         self.hooks.on_interval(optimizer, self.scheduler, self.done)
+        self._fresh = True  # not before: a hook may run the model for itself
 
     def state_dict(self) -> dict[str, Any]:
         """To save beside the adapter, the optimiser's state and the scheduler's."""
@@ -287,7 +288,7 @@ def hooked(model: nn.Module, optimizer: Make, hooks: Sequence[Hook], scheduler: 
         if state is not None:
             step.load_state_dict(state)
         every.start(made, total)
-        handle = every.model.register_forward_pre_hook(step._forward)
+        handle = every.model.register_forward_pre_hook(step._forward, prepend=True)  # before what hooks do at a forward pass
         yield step
     finally:
         if handle is not None:

@@ -33,7 +33,7 @@ class DropBP(Hook):
     seed: int = 0  # of the drops
 
     place = 40
-    due: int | None = None
+    due = None  # the step after which that is
 
     def __post_init__(self):
         if not all(0 <= p <= 1 for p in [self.p, self.measure, *(self.rates or [])]):
@@ -94,7 +94,7 @@ class DropBP(Hook):
         self.given = self.given if step != self.due else None
 
     def sensitivity(self, model) -> list[float]:
-        """S of every branch, in all processes' mean."""
+        """S of every branch, from the gradient of all processes together."""
         (args, kwargs), params = self.given, [p for p in model.parameters() if p.requires_grad]
 
         def norms(dropped: set[int]) -> torch.Tensor:
@@ -102,15 +102,15 @@ class DropBP(Hook):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 grads = torch.autograd.grad(model(*args, **kwargs)["loss"], params, allow_unused=True)
-            return torch.stack([p.new_zeros(()) if g is None else g.norm() for p, g in zip(params, grads, strict=True)])
+            whole = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads, strict=True)])
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(whole)
+                whole /= torch.distributed.get_world_size()
+            return torch.stack([g.norm() for g in whole.split([p.numel() for p in params])])
 
         whole = norms(set())
         alone = [k for k in range(len(self.branches)) if set(self.needed) == {k}]  # without it there is no gradient at all
-        out = torch.stack([(whole if k in alone else whole - norms({k})).square().sum() for k in range(len(self.branches))])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(out)
-            out /= torch.distributed.get_world_size()
-        return out.tolist()
+        return [float((whole if k in alone else whole - norms({k})).square().sum()) for k in range(len(self.branches))]
 
     def costs(self, model) -> list[float]:
         """F of every branch."""

@@ -13,6 +13,7 @@ tokens; without one all of them are labels.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ class CPT(Prompted):
 
     def __post_init__(self):
         object.__setattr__(self, "token_ids", tuple(self.token_ids))
-        object.__setattr__(self, "types", tuple(self.types) or (1,) * len(self.token_ids))
-        if not self.token_ids or len(self.types) != len(self.token_ids):
+        object.__setattr__(self, "types", tuple(self.types))
+        if not self.token_ids or len(self.types or self.token_ids) != len(self.token_ids):
             raise LorakitError(f"cpt: types must say what each of the {len(self.token_ids)} token_ids is, not of {len(self.types)}")
 
     @classmethod
@@ -56,7 +57,7 @@ class CPT(Prompted):
         return super().unfit(site) or ("cpt is for decoders, whose context is text; mend: prompt-tuning" if site.pairs else None)
 
     def kinds(self, device):
-        return torch.tensor(self.types, device=device)
+        return torch.tensor(self.types or (1,) * len(self.token_ids), device=device)
 
     def short(self, D):
         """D with every row at most as long as its type may move."""
@@ -84,7 +85,7 @@ class CPT(Prompted):
             return shorten(out, n, t) if call.first else out
         kinds = torch.full_like(labels, 4) if kinds is None else kinds.to(labels)
         mine = self.kinds(labels.device).expand(len(labels), n)
-        kinds = torch.cat([mine, torch.where(kinds > 0, kinds + max(self.types), kinds)], 1)
+        kinds = torch.cat([mine, torch.where(kinds > 0, kinds + 4 * math.ceil(max(self.types or (1,)) / 4), kinds)], 1)
         labels = torch.cat([torch.tensor(self.token_ids, device=labels.device).expand(len(labels), n), labels], 1)
         out["loss"] = self.loss(out["logits"], labels, kinds)
         return shorten(out, n, t)

@@ -38,7 +38,7 @@ class DiffPruning(Additive):
 
     @classmethod
     def examples(cls):
-        return [cls(3.0, -1.2, 1.4), cls(0.2, -0.9, 1.3, False)]
+        return [cls(0.6, -0.1, 1.1), cls(0.2, -0.9, 1.3, False)]
 
     @property
     def leaves(self):

@@ -25,7 +25,8 @@ class Offset(Wrapper, Additive):
 
     def __post_init__(self):
         inner = self.inner
-        if not inner.adds or inner.mergeable == "no" or inner.reads_base or inner.asks or any(k.endswith("0") or leaf.shared for k, leaf in inner.leaves.items()):
+        apart = inner.mergeable == "no" or inner.reads_base or inner.asks or not inner.adds
+        if apart or any(k.endswith("0") or leaf.shared for k, leaf in inner.leaves.items()):
             raise LorakitError(f"a start that is subtracted means nothing for {inner.name}: it does not simply add to W, shares leaves, or is offset")
 
     @property

@@ -126,7 +126,7 @@ class OFT(Rotation):
                 "num_cayley_neumann_terms": self.series or 5}
 
     def on_peft(self, site):  # where patches overlap PEFT turns their sum, which is no convolution any more and not what it merges
-        return not site.slides or set(site.module.kernel_size) == {1} and square(site)
+        return not site.slides or (set(site.module.kernel_size) == {1} and square(site))
 
     @classmethod
     def from_peft(cls, config):

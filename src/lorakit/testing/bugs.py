@@ -176,7 +176,7 @@ BUGS: dict[str, Bug] = {
                                     LORA),
     "tensors rounded on loading": Bug("formats/folder.py", "here.copy_(cut(value, here))", "here.copy_(cut(value.bfloat16(), here))", LORA),
     "PEFT's alpha_pattern ignored": Bug(
-        "formats/peft.py", 'for what, field in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):', 'for what, field in (("rank_pattern", "r"),):',
+        "formats/peft.py", "for what, (_, field) in method.core.varies.items():", "for what, (_, field) in list(method.core.varies.items())[:1]:",
         (there_and_back("rank_pattern and alpha_pattern"),)),
     "patterns match whole paths only": Bug("spec.py", "for end in suffixes(name)", "for end in [name]",
                                            (there_and_back("rank_pattern and alpha_pattern"),)),
