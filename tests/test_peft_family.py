@@ -66,6 +66,8 @@ CASES = {
     "vblora": ("VBLoRAConfig", "llama", {"target_modules": LLAMA, "r": 2, "num_vectors": 9, "vector_length": 4}),
     "vblora topk": ("VBLoRAConfig", "llama", {"target_modules": LLAMA, "r": 2, "num_vectors": 9, "vector_length": 4, "save_only_topk_weights": True}),
     "vblora gpt2": ("VBLoRAConfig", "gpt2", {"target_modules": GPT2, "r": 2, "num_vectors": 9, "vector_length": 4, "fan_in_fan_out": True}),
+    "ln": ("LNTuningConfig", "llama", {"target_modules": ["input_layernorm", "model.norm"]}),
+    "ln gpt2": ("LNTuningConfig", "gpt2", {}),
     "adalora": ("AdaLoraConfig", "llama", {"target_modules": LLAMA, "init_r": 5, "lora_alpha": 3, "total_step": 10}),
 }
 
@@ -87,6 +89,15 @@ def random_peft(config, kind, kw):
 
 def close(a, b):
     assert float((a - b).abs().max()) <= TOL * max(1.0, float(b.abs().max())), float((a - b).abs().max())
+
+
+@torch.no_grad()
+def random_adapter(model):
+    g = torch.Generator().manual_seed(4)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn(p.shape, generator=g) * 0.3)
+    return model.eval()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,8 +179,83 @@ def test_a_pruned_adalora(tmp_path):
     want = out(model)
     model.save_pretrained(tmp_path / "peft")
     mine = lorakit.load(tiny.llama(), tmp_path / "peft").eval()
-    assert {m.r for s in lorakit.host.slots(mine).values() for m in s.methods.values()} == {3, 2}
+    assert {(m.r, m.left) for s in lorakit.host.slots(mine).values() for m in s.methods.values()} == {(5, 3), (5, 2)}
     close(out(mine), want)
+    lorakit.save(mine, tmp_path / "ours")
+    told = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert told["init_r"] == 5 and told["lora_alpha"] == 3 and {k: sum(v) for k, v in told["rank_pattern"].items()} == {k: sum(v) for k, v in rank.items()}
+    there = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "ours").eval()
+    close(out(there), want)
+    close(out(lorakit.load(tiny.llama(), tmp_path / "ours")), want)
+
+
+def test_a_pruned_adalora_with_nothing_left_somewhere(tmp_path):
+    model = random_peft("AdaLoraConfig", "llama", {"target_modules": ["q_proj", "v_proj"], "init_r": 3, "total_step": 10})
+    empty = {n.removeprefix("base_model.model."): [False] * 3 for n, _ in model.named_parameters() if "v_proj.lora_E" in n}
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.mul_(0 if "v_proj.lora_E" in n else 1)
+    model.peft_config["default"].rank_pattern = empty
+    want = out(model)
+    model.save_pretrained(tmp_path / "peft")
+    assert any(t.numel() == 0 for t in load_file(tmp_path / "peft" / "adapter_model.safetensors").values())
+    mine = lorakit.load(tiny.llama(), tmp_path / "peft").eval()
+    close(out(mine), want)
+    lorakit.save(mine, tmp_path / "ours")
+    close(out(peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "ours").eval()), want)
+
+
+def test_ln_tuning_beside_a_head_and_of_a_part_of_a_norm(tmp_path):
+    """A layer trained whole goes beside the norms as one of modules_to_save; half a norm PEFT cannot say."""
+    model = random_adapter(lorakit.adapt(tiny.llama(), "ln-tuning", modules_to_save=["lm_head"]))
+    lorakit.save(model, tmp_path / "a")
+    there = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "a").eval()
+    assert there.peft_config["default"].peft_type == "LN_TUNING" and there.peft_config["default"].modules_to_save == ["lm_head"]
+    close(out(there), out(model))
+    close(out(lorakit.load(tiny.llama(), tmp_path / "a")), out(model))
+    half = random_adapter(lorakit.adapt(tiny.gpt2(), "ln-tuning", parameters=["ln_f.weight"]))
+    lorakit.save(half, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["peft_type"] == "LORAKIT"
+    close(out(lorakit.load(tiny.gpt2(), tmp_path / "b")), out(half))
+
+
+TASKS = torch.tensor([2, 0])
+
+
+@torch.no_grad()
+def test_poly_there_and_back(tmp_path):
+    model = random_peft("PolyConfig", "llama", {"target_modules": ["q_proj", "down_proj"], "r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2})
+    x = torch.tensor([[1, 5, 9, 3], [7, 2, 4, 8]])
+    want = model(x, task_ids=TASKS).logits
+    assert float((want - model(x, task_ids=TASKS.flip(0)).logits).abs().max()) > 1e-3
+    model.save_pretrained(tmp_path / "peft")
+    mine = lorakit.load(tiny.llama(), tmp_path / "peft").eval()
+    with lorakit.given(mine, task_ids=TASKS):
+        close(mine(x).logits, want)
+    lorakit.save(mine, tmp_path / "ours")
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "peft"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert type(peft.PeftConfig.from_pretrained(tmp_path / "ours")) is peft.PolyConfig
+    close(peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "ours").eval()(x, task_ids=TASKS).logits, want)
+
+
+@pytest.mark.parametrize("config, key", [("LoHaConfig", "rank_dropout"), ("LoKrConfig", "module_dropout"), ("OFTConfig", "module_dropout"),
+                                         ("BOFTConfig", "boft_dropout")])
+def test_what_has_an_effect_in_training_only_is_warned_of(config, key, tmp_path):
+    model = random_peft(config, "llama", {"target_modules": ["q_proj"], key: 0.25})
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=f"`{key}: 0.25` has an effect in training only") as said:
+        mine = lorakit.load(tiny.llama(), tmp_path).eval()
+    assert len([w for w in said if key in str(w.message)]) == 1
+    close(out(mine), out(model))
+
+
+@pytest.mark.parametrize("config, key, more", [("VeraConfig", "vera_dropout", {}), ("MissConfig", "miss_dropout", {}),
+                                               ("VBLoRAConfig", "vblora_dropout", {"vector_length": 4})])
+def test_a_dropout_on_the_input_is_taken_over(config, key, more, tmp_path):
+    random_peft(config, "llama", {"target_modules": ["q_proj"], "r": 4, key: 0.25, **more}).save_pretrained(tmp_path)
+    mine = lorakit.load(tiny.llama(), tmp_path)
+    assert {d for s in lorakit.host.slots(mine).values() for d in s.dropout.values()} == {0.25}
 
 
 # As plain LoRA

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,21 @@ from lorakit.spec import Spec, attach
 from lorakit.stores.shards import GROWS, WRITES, scattered, sharded
 
 
-def adapt(model: nn.Module, adapter: str | Spec | Method = "lora", *, name: str = "default", **options: Any) -> nn.Module:
+def adapt(model: nn.Module, adapter: str | Spec | Method = "lora", *, name: str = "default", data: Iterable | None = None,
+          **options: Any) -> nn.Module:
     """Puts an adapter on the model, freezes the base, makes the adapter the active one; returns the same model.
 
     adapter: a recipe's name ("lora", "dora", …; `lorakit methods` lists them), a Spec, or a Method. Options are those of
     the ecosystem: r, lora_alpha, lora_dropout, target_modules, exclude_modules, layers_to_transform, rank_pattern,
-    alpha_pattern, modules_to_save, use_dora, use_rslora, init, freeze, seed.
+    alpha_pattern, modules_to_save, use_dora, use_rslora, init, freeze, seed. data: batches (dicts of the model's inputs) for a
+    start that looks at some (init: corda, eva, lora-ga).
 
     >>> model = adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), "lora", r=2, target_modules="0")
     >>> [n for n, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default', '0.lora_B.default']
     """
     spec, base = compose(adapter, **options), host.bare(model, "adapt")
-    attach(base, name, spec, spec.plan(base))
+    attach(base, name, spec, spec.plan(base), data=data)
     return model
 
 

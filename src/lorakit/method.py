@@ -239,6 +239,11 @@ class Method(ABC):
         """This method on one target of a PEFT file, whose leaves have these shapes there."""
         return self
 
+    @classmethod
+    def joined(cls, config: dict[str, Any], methods: Mapping[str, Method]) -> dict[str, Any]:
+        """PEFT's configuration of these methods of this kind by target, where it says more than that of one of them."""
+        return config
+
     def restored(self, config: dict[str, Any], tensors: Params) -> Params:
         """A PEFT file's tensors by their keys, where the file may keep leaves in another form."""
         return tensors

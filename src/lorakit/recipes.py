@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,9 @@ RECIPES: dict[str, Recipe] = {
     "lora-fa": Recipe(LoRA(), "LoRA-FA", "2308.03303", "W + s B A, A frozen", freeze=("A",), aliases=("lorafa",)),
     "asymmetric-lora": Recipe(LoRA(), "Asymmetric LoRA", "2402.16842", "W + s B A, A frozen with A Aᵀ = I", "orthogonal", ("A",), ("lorasym",)),
     "lora-nonzero": Recipe(LoRA(), "LoRA from a non-zero start", "2505.23194", "W - s B0 A0 + s B A", "nonzero", aliases=("nzlora",)),
+    "pissa": Recipe(LoRA(), "PiSSA", "2404.02948", "W - s B0 A0 + s B A, s B0 A0 = U_r S_r V_rᵀ", "pissa"),
+    "milora": Recipe(LoRA(), "MiLoRA", "2406.09044", "W - s B0 A0 + s B A, s B0 A0 = U_-r S_-r V_-rᵀ", "milora"),
+    "olora": Recipe(LoRA(), "OLoRA", "2406.01775", "W - s B0 A0 + s B A, B0 A0 = Q_r R_r", "olora"),
     "vera": Recipe(VeRA(), "VeRA", "2310.11454", "W + diag(b) B diag(d) A, A and B frozen and shared"),
     "dvora": Recipe(Magnitude(VeRA()), "DVoRA", "2402.09353", "diag(m / |V|) V, V = W + diag(b) B diag(d) A"),
     "lotr": Recipe(LoTR(), "LoTR", "2402.01376", "W + (scale/r) B G A, A and B shared"),
@@ -217,19 +221,21 @@ def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _init(own: dict[str, Any]) -> dict[str, Any]:
-    """`init` may be a name, true (the method's own start), or {name: …, storage: …}."""
+    """`init` may be a name, true (the method's own start), or {name: …, storage: …} with the start's own options."""
     init = own.get("init")
     if isinstance(init, Mapping):
-        for k in init:
-            if k not in ("name", "storage"):
-                raise LorakitError(f"init has no option `{k}`{near(k, ('name', 'storage'))}")
-        own |= dict(init) | {"init": init.get("name")}
-        own.pop("name", None)
+        own |= {k: v for k, v in init.items() if k == "storage"} | {"init": init.get("name")}
+        own["init_options"] = {k: v for k, v in init.items() if k not in ("name", "storage")}
+        if own["init"] is None and own["init_options"]:
+            raise LorakitError("init: its options need its `name`")
     elif init is True:
         own["init"] = None
     if isinstance(own.get("init"), str):
         names = {k: k for k in INITS} | {a: k for k, i in INITS.items() for a in i.aliases}
-        if own["init"] not in names:
-            raise LorakitError(f"init: unknown start `{own['init']}`{near(own['init'], names)}")
-        own["init"] = names[own["init"]]
+        word = own["init"].lower().replace("_", "-")
+        if fast := re.fullmatch(r"pissa-niter-(\d+)", word):
+            word, own["init_options"] = "pissa", {"niter": int(fast[1])}
+        if word not in names:
+            raise LorakitError(f"init: unknown start `{own['init']}`{near(word, names)}")
+        own["init"] = names[word]
     return own

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import nn
 
 from lorakit import host
 from lorakit.errors import LorakitError, near
-from lorakit.inits import INITS
+from lorakit.inits import INITS, Init
 from lorakit.method import Around, Method, method_from_dict
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
@@ -49,6 +50,7 @@ class Spec:
     dropout: float = 0.0
     freeze: tuple[str, ...] = ()  # leaves that do not train
     init: str | None = None
+    init_options: Mapping[str, Any] = field(default_factory=dict)  # the start's own, e.g. {niter: 16}
     storage: str = "offset"  # a start whose delta is not zero: kept as frozen copies, taken out of the base, or left in
     seed: int = 0
     recipe: str = ""
@@ -72,6 +74,8 @@ class Spec:
             raise LorakitError(f"init: unknown start `{self.init}`{near(self.init, INITS)}")
         if self.init and (why := INITS[self.init].unfit(self.method)):
             raise LorakitError(why)
+        if self.init:
+            INITS[self.init].check(self.init_options)
 
     def plan(self, model: nn.Module) -> dict[str, Method]:
         """Path -> method for this model. Raises LorakitError on names and patterns that match nothing."""
@@ -210,13 +214,33 @@ def _is_end(key: str, end: str, name: str) -> bool:
     return len(bare) == len(end) and all(a in (b, ".") for a, b in zip(bare, end, strict=True)) and (key[0] != "^" or end == name)
 
 
-def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], empty: bool = False) -> None:
+def _look(model: nn.Module, init: Init, spec: Spec, plan: Mapping[str, Method], data: Iterable | None) -> tuple[dict[str, Method], Mapping[str, Any]]:
+    """The plan as a start that needs data wants it, and what it found for each target."""
+    if data is None:
+        raise LorakitError(f"init {init.name} looks at data; mend: lorakit.adapt(…, data=batches), batches being dictionaries of the model's inputs")
+    modules, options = dict(host.walk(model)), init.check(spec.init_options)
+    starts = {p: (m, site_at(modules, p)) for p, m in plan.items() if init.unfit(m) is None}
+    found = init.collect(model, starts, islice(data, spec.init_options.get("batches")), options)
+    if missing := next((p for p in starts if p not in found), None):
+        raise LorakitError(f"{missing}: init {init.name}: no batch reaches this layer; mend: other data, or leave it out of the targets")
+    changed = init.allot({p: m for p, (m, _) in starts.items()}, found, options) if init.allot else {}
+    plan = {p: m for p, m in (dict(plan) | changed).items() if m is not None}
+    return plan, found
+
+
+def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], empty: bool = False, data: Iterable | None = None) -> None:
     """Puts a composition on the model for a plan already made (path -> method) and makes it the active adapter (the last, in a chain).
 
-    empty: leaves are left unset, about to be loaded.
+    empty: leaves are left unset, about to be loaded. data: batches (dicts of the model's inputs) for a start that looks at some.
     """
     init = INITS[spec.init] if spec.init else None
-    absorb = False
+    if data is not None and not (init and init.collect):
+        raise LorakitError(f"data: {f'init {spec.init}' if init else 'this start'} looks at no data; mend: leave it out, or init: "
+                           + ", ".join(n for n, i in INITS.items() if i.collect))
+    found: Mapping[str, Any] = {}
+    if init and init.collect and not empty:
+        plan, found = _look(model, init, spec, plan, data)
+    options, absorb = init.check(spec.init_options) if init else {}, False
     if init and init.nonzero and not empty:
         absorb = spec.storage == "base"
         starts = {p for p, m in plan.items() if init.unfit(m) is None}
@@ -226,9 +250,9 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
     if absorb and ties:
         raise LorakitError(f"a start taken out of the base would part {next(iter(ties))} from the weight it is tied to; mend: storage: offset")
 
-    def start(core, p, origin, gen):
+    def start(path, core, p, origin, gen):
         if init.unfit(core) is None:
-            init(core, p, origin, gen)
+            init(core, p, origin, gen, found.get(path), **options)
 
     state = host.attach(model, name, plan, spec, dropout=spec.dropout, freeze=spec.freeze, start=start if init else None,
                         absorb=absorb, seed=spec.seed, empty=empty, ties=ties)

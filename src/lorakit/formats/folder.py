@@ -122,6 +122,9 @@ class Export:
             elif form == "auto":
                 method, p = method.for_files(p)
             self.methods[path], params[path] = method, p
+        turned = {type(slots[p].methods[name]) for p, m in self.methods.items() if type(m) is LoRA} - {LoRA} if form == "auto" else set()
+        for path in [p for p, m in self.methods.items() if type(m) in turned]:  # where some of a kind are a LoRA now, all are, so that one file holds them
+            self.methods[path], params[path] = self._lora(slots[path], self.methods[path], params[path], must=False)
         files = peft.file_paths(dict(model.named_modules()), self.methods)
         fits = files is not None and peft.carries_ties(slots, name) and all(peft.common(slots[p].site, m) for p, m in self.methods.items())
         self.own = peft.own_format(self.methods, fits, host.state_of(model).specs[name].tie)
@@ -148,13 +151,12 @@ class Export:
         self.converted.append(slot.path)
         return LoRA(r, float(r)), {"A": two[1], "B": two[0]}
 
-
     @torch.no_grad()
     def _nearest(self, slot: host.Slot, method: Method, p: Mapping[str, Tensor]) -> tuple[Method, Mapping[str, Tensor]]:
         """The best LoRA of a rank (Eckart and Young), from the update as a matrix."""
         site, way = slot.site, "mend: form='native', or merge it"
         if method.mergeable == "no":
-            raise LorakitError(f"{slot.path}: {method.core.name} depends on its input, so no LoRA is near it; {way}")
+            raise LorakitError(f"{slot.path}: {method.core.name} depends on its input, so no LoRA is near it; mend: form='native'")
         if method.bias(dict(p), site.bias) is not site.bias:
             raise LorakitError(f"{slot.path}: {method.core.name} changes the bias, which a LoRA cannot; {way}")
         W = Base(site).weight()
@@ -235,6 +237,7 @@ class Folder:
             raise LorakitError(f"there is no adapter folder {self.path}{near(self.path.name, there, listing=False) if there else ''}")
         with reading(self.path):
             self.config = read_json(self.path / peft.CONFIG)
+            peft.warn_of(self.config, self.path / peft.CONFIG)
             self.tensors = peft.restored(self.config, peft.read_tensors(self.path / peft.TENSORS, self.config))
             receipt = self.path / peft.RECEIPT
             self.receipt = read_json(receipt) if receipt.is_file() else None
@@ -263,7 +266,7 @@ class Folder:
         extra = Spec.from_dict(self.receipt["spec"]) if self.receipt else None
         kept = {} if extra is None else {"freeze": tuple(f for f in extra.freeze if f in main[0].leaves), "recipe": extra.recipe, "seed": extra.seed}
         return Spec(main[0], tuple(p for p, m in self.methods.items() if not m.replaces), tie=bool(self.config.get("ensure_weight_tying")),
-                    dropout=(self.config.get("lora_dropout") or 0.0) if extra is None else extra.dropout, **kept)
+                    dropout=(self.config.get(main[0].core.peft_dropout or "lora_dropout") or 0.0) if extra is None else extra.dropout, **kept)
 
     def replaces(self, name: str) -> bool:
         """Whether a tensor of the base is one that this adapter replaces whole."""

@@ -8,6 +8,7 @@ The mapping of each method's fields lives in the method's own file (`to_peft`, `
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ PREFIX = "base_model.model."
 OWN = "LORAKIT"
 NEST = ".base_layer"  # how PEFT's paths show that it wrapped a module more than once
 TWICE = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT writes the biases of a module it saves whole once more
+ONLY_IN_TRAINING = ("rank_dropout", "module_dropout", "boft_dropout")
+COPIES = "ln_tuning_layers"  # in PEFT's paths, what stands in for a whole module
 TOKENS_KEY = ".token_adapter.trainable_tokens_delta"
 
 
@@ -54,7 +57,7 @@ def leaf_key(path: str, slot: Slot, method: Method, leaf: str, files: Mapping[st
     if slot.site.whole and not path:
         return key  # as PEFT names what stands before the model
     if method.replaces and slot.raw and key == "modules_to_save.weight":
-        return f"{PREFIX}{path}"
+        return f"{PREFIX}{files.get(path, path)}"
     return f"{PREFIX}{files.get(path, path)}.{key.removeprefix('modules_to_save.')}"
 
 
@@ -84,6 +87,8 @@ def file_paths(modules: Mapping[str, nn.Module], methods: Mapping[str, Method]) 
     PEFT adapts both projections of an attention or none; of several parameters of a module it wraps one around the other, in
     the order in which the module has them.
     """
+    if all(m.replaces for m in methods.values()):
+        return _copies(modules, methods)
     out: dict[str, str] = {}
     ends = {p.rpartition(".")[2] for p, m in methods.items() if isinstance(m, Around) and p}
     if ends and (len(ends) > 1 or [p for p in modules if p.rpartition(".")[2] in ends][-len(methods) :] != list(methods)):
@@ -102,6 +107,18 @@ def file_paths(modules: Mapping[str, nn.Module], methods: Mapping[str, Method]) 
         order = [k for k in modules[owner]._parameters if k in keys]
         out |= {keys[k]: owner + NEST * (len(order) - 1 - n) for n, k in enumerate(order)}
     return out
+
+
+def _copies(modules: Mapping[str, nn.Module], methods: Mapping[str, Method]) -> dict[str, str] | None:
+    """The paths where nothing but parameters is replaced whole, of modules (norms) that are nothing else: PEFT copies such a module."""
+    owners: dict[str, list[str]] = {}
+    for path in (p for p in methods if p not in modules):
+        owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
+    for owner, keys in owners.items():
+        every = dict(modules[owner].named_parameters()) | dict(modules[owner].named_buffers())
+        if not owner or {k for k in every if k.count(".") == 0} != set(keys) or any(n.startswith(f"{owner}.") for n in modules):
+            return None
+    return {f"{o}.{k}": f"{o}.{COPIES}.{k}" for o, keys in owners.items() for k in keys} if owners else None
 
 
 def real_path(modules: Mapping[str, nn.Module], config: Mapping[str, Any], path: str) -> str:
@@ -132,9 +149,12 @@ def written(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
 
 def own_format(methods: Mapping[str, Method], fits: bool, tie: bool = False) -> bool:
     """Whether PEFT has no configuration that says all of this."""
-    configs = [m.to_peft() for m in methods.values() if not m.replaces]
+    whole = all(m.replaces for m in methods.values())
+    configs = [m.to_peft() for m in methods.values() if whole or not m.replaces]
     if not fits or any(c is None for c in configs):
         return True
+    if whole:
+        return False
     if any(isinstance(m, Around) for m in methods.values()):
         return len({str(c) for c in configs}) > 1 or any(m.replaces and not outside(configs[0]) for m in methods.values())
     main = {p: m for p, m in methods.items() if not m.replaces and "peft_type" in m.to_peft()}
@@ -157,6 +177,13 @@ def config_of(spec: Spec, model: nn.Module, methods: Mapping[str, Method], base:
         saved = sorted({(p if p in modules else place(modules, p).owner).rpartition(".")[2] for p, m in methods.items() if m.replaces})
         told = {"auto_mapping": None, "modules_to_save": saved or None} | common | site_at(modules, path).peft() | method.to_peft() | {"peft_version": "0.21.2"}
         return told | ({"adapter_layers": len(around)} if "adapter_layers" in told else {})
+    if all(m.replaces for m in methods.values()):
+        owners = {p: p if p in modules else p.rpartition(".")[0] for p in methods}
+        names = list(dict.fromkeys(o for p, o in owners.items() if p not in modules))
+        last = sorted({n.rpartition(".")[2] for n in names})
+        short = last if {n for n in modules if n.rpartition(".")[2] in last} == set(names) else sorted(names)
+        return common | {"auto_mapping": None, "peft_version": "0.21.2", "target_modules": short, "exclude_modules": None,
+                         "modules_to_save": [p for p in methods if p in modules] or None} | next(iter(methods.values())).to_peft()
     every = {p: m.to_peft() for p, m in methods.items() if not m.replaces}
     configs = {p: c for p, c in every.items() if "peft_type" in c}
     first = methods[next(iter(configs))]
@@ -179,6 +206,7 @@ def config_of(spec: Spec, model: nn.Module, methods: Mapping[str, Method], base:
             main = {n: v for n, v in main.items() if n != k} | {pattern: [p for p, v in named.items() if v]}
         else:
             main[pattern] = {f"{first.core.anchor}{p}": v for p, v in named.items() if v != most[k]}
+    main = type(first.core).joined(main, {p: methods[p].core for p in configs})
     main |= {first.core.peft_dropout: 0.0 if parameters else spec.dropout} if first.core.peft_dropout else {}
     told = {"fan_in_fan_out": base.get("transposed", False), "target_parameters": parameters or None, "ensure_weight_tying": spec.tie}
     names = list(layers)
@@ -213,6 +241,13 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         raise LorakitError(f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {e}") from None
 
 
+def warn_of(config: Mapping[str, Any], where: Path) -> None:
+    """A warning for what the file says of training that is not carried out here; the function at inference does not depend on it."""
+    if told := [k for k in ONLY_IN_TRAINING if config.get(k)]:
+        warnings.warn(f"{where}: {', '.join(f'`{k}: {config[k]}`' for k in told)} has an effect in training only, and lorakit does not carry it out: the "
+                      "adapter computes the same, but training goes on without it", stacklevel=3)
+
+
 def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors with every leaf in the form that the method has it in."""
     try:
@@ -241,7 +276,7 @@ def kind(site: Any) -> str:
 def common(site: Any, method: Method) -> bool:
     """Whether PEFT computes this method on a target of this geometry as we do, so that its format can say it."""
     config = method.to_peft() or {}
-    return site.common(config) and ("peft_type" not in config or isinstance(method, Around) or (
+    return site.common(config) and ("peft_type" not in config or isinstance(method, Around) or method.replaces or (
         kind(site) in method.core.peft_layers and method.core.on_peft(site)))
 
 
@@ -280,7 +315,9 @@ def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
         p, _, last = k.removeprefix(PREFIX).rpartition(".")
         if p in plan or not k.startswith(PREFIX) or any(part in k for part in TWICE):
             continue
-        whole = _path(k, tails) is None and any(_inside(k, s) for s in saved)
+        copy = method.replaces and p.endswith(f".{COPIES}")
+        p = p.removesuffix(f".{COPIES}") if copy else p
+        whole = copy or (_path(k, tails) is None and any(_inside(k, s) for s in saved))
         if whole or (config.get("bias") == "all" and "bias" in last and not p.endswith(NEST)):
             layer = p not in modules or adaptable(modules[p])
             plan[p if layer else f"{p}.{last}"] = (Full() if whole else BitFit()) if layer else Full(False, trains=last in modules[p]._parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(word[:7], "big"))
 
 
-StartFn = Callable[[Method, Params, Origin, torch.Generator], None]
+StartFn = Callable[[str, Method, Params, Origin, torch.Generator], None]  # the first is the target's path
 
 
 def _device(site: Site) -> torch.device:
@@ -73,7 +74,7 @@ def attach(model: nn.Module, name: str, plan: Mapping[str, Method], spec: Any, *
                 _tie(slot, name, done[ties[path]])
             else:
                 with _at(path):
-                    _fill(slot, name, method, bank, start, absorb, generator(seed, path), freeze, empty)
+                    _fill(slot, name, method, bank, start and partial(start, path), absorb, generator(seed, path), freeze, empty)
     except BaseException:
         _strip(modules, name, done)
         raise

@@ -9,9 +9,13 @@ the mean of the un-squared norms as in both public codes (the paper prints squar
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
+from lorakit.errors import LorakitError
 from lorakit.method import Leaf, LowRank, Params, check_rank, method, normal, zeros
+from lorakit.methods.lora import folded
 
 
 @method("adalora", title="AdaLoRA", paper="2303.10512", formula="W + s P diag(λ) Q", laws=("rank<=r", "identity"))
@@ -20,28 +24,34 @@ class AdaLoRA(LowRank):
 
     r: int = 12  # rank at the beginning, of which training prunes a part
     alpha: float = 8.0  # strength: the update is scaled by alpha / r
+    left: int = 0  # components that pruning has left of r; 0: all
 
-    Q = Leaf("r i", normal(0.02), key="lora_A")
-    P = Leaf("o r", normal(0.02), key="lora_B")
-    E = Leaf("r one", zeros, key="lora_E")
+    Q = Leaf("rank i", normal(0.02), key="lora_A")
+    P = Leaf("o rank", normal(0.02), key="lora_B")
+    E = Leaf("rank one", zeros, key="lora_E")
 
     def __post_init__(self):
         check_rank("adalora", self.r)
+        if not 0 <= self.left <= self.r:
+            raise LorakitError(f"adalora: left is from 0 (all) to r={self.r}, not {self.left}")
 
     @classmethod
     def examples(cls):
-        return [cls(3, 4.8), cls(2, -1.0)]
+        return [cls(3, 4.8), cls(4, -1.0, 2)]
 
     def dims(self, o, i):
-        return super().dims(o, i) | {"one": 1}
+        return super().dims(o, i) | {"one": 1, "rank": self.left or self.r}
 
     def factors(self, p):
         s = (self.alpha if self.alpha > 0 else self.r) / (self.r + 1e-5)
         return p["P"] * s, p["E"].squeeze(-1), p["Q"]
 
+    def for_files(self, p):
+        return folded(*self.factors(p)) or (self, p)
+
     def penalty(self, p: Params) -> torch.Tensor:
         """How far P and Q are from orthonormal."""
-        eye = torch.eye(self.r, dtype=p["P"].dtype, device=p["P"].device)
+        eye = torch.eye(self.left or self.r, dtype=p["P"].dtype, device=p["P"].device)
         return ((p["P"].mT @ p["P"] - eye).norm() + (p["Q"] @ p["Q"].mT - eye).norm()) / 2
 
     def to_peft(self):
@@ -52,7 +62,16 @@ class AdaLoRA(LowRank):
     def from_peft(cls, config):
         return cls(config.get("init_r", 12), float(config.get("lora_alpha", 8))) if config.get("peft_type") == "ADALORA" else None
 
-    def at_peft(self, config, shapes):  # pruned: the rank that is left, the scale of the beginning
-        left = shapes["E"][0]
-        alpha = (self.alpha if self.alpha > 0 else self.r) * (left + 1e-5) / (self.r + 1e-5)
-        return self if left == self.r else AdaLoRA(left, alpha)
+    def at_peft(self, config, shapes):
+        return dataclasses.replace(self, left=shapes["E"][0] % self.r)
+
+    def restored(self, config, tensors):  # of a target of which nothing is left: one component that does nothing
+        axes = {f"{self.key(k)}": self.leaves[k].axes.split().index("rank") for k in "QPE"}
+        found = {k: axes.get(k.rpartition(".")[2]) for k in tensors}
+        return {k: t if (at := found[k]) is None or t.shape[at] else t.new_zeros([1 if n == at else d for n, d in enumerate(t.shape)])
+                for k, t in tensors.items()}
+
+    @classmethod
+    def joined(cls, config, methods):
+        left = {f"{p}.lora_E": [n < (m.left or m.r) for n in range(m.r)] for p, m in methods.items()}
+        return config | {"rank_pattern": left} if any(m.left for m in methods.values()) else config

@@ -30,6 +30,13 @@ class Full(Method):
     def examples(cls):
         return [cls(), cls(with_bias=False)]
 
+    def to_peft(self):
+        return {"peft_type": "LN_TUNING"} if self.trains else None
+
+    @classmethod
+    def from_peft(cls, config):
+        return cls() if config.get("peft_type") == "LN_TUNING" else None
+
     def transpose(self, p):
         return {"V": p["V"].mT}
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
+from lorakit.errors import LorakitError
 from lorakit.method import SCALINGS, Leaf, LowRank, check_rank, choice, kaiming, method, normal, refuse, zeros
 
 # what PEFT 0.21 writes for a LoRA that uses none of these; what would change the numbers and is not here must have this value
@@ -21,6 +24,7 @@ PEFT = {
 }
 MATHS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora",
          "velora_config")
+MOVE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # PEFT's starts after which the frozen base is another one
 
 
 @method("lora", title="LoRA", paper="2106.09685", formula="W + s B A", laws=("rank<=r", "identity"))
@@ -79,4 +83,15 @@ class LoRA(LowRank):
         if config.get("peft_type") != "LORA":
             return None
         refuse(config, **{k: PEFT[k] for k in MATHS})
+        if str(config.get("init_lora_weights")).split("_niter_")[0] in MOVE_THE_BASE:
+            raise LorakitError(f"this adapter began with PEFT's init `{config['init_lora_weights']}`, which changed the base's weights, so it is wrong on the "
+                               "untouched base; mend: save it from PEFT with path_initial_model_for_weight_conversion, or, if the base you load is the "
+                               "changed one that was saved with it, set init_lora_weights to true in adapter_config.json")
         return cls(config.get("r", 8), config.get("lora_alpha", 8), "rslora" if config.get("use_rslora") else "standard", bool(config.get("lora_bias")))
+
+
+def folded(B: torch.Tensor, gate: torch.Tensor, A: torch.Tensor) -> tuple[LoRA, dict[str, torch.Tensor]] | None:
+    """B diag(gate) A as a LoRA of the components whose gate is open; None where all are, or none is. Of a stack: open in any of its matrices."""
+    live = (gate != 0).flatten(0, -2).any(0) if gate.dim() > 1 else gate != 0
+    r = int(live.sum())
+    return (LoRA(r, float(r)), {"A": A[..., live, :], "B": (B * gate[..., None, :])[..., live]}) if 0 < r < len(live) else None

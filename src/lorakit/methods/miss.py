@@ -58,6 +58,6 @@ class MiSS(LowRank):
 
     @classmethod
     def from_peft(cls, config):
-        if config.get("peft_type") != "MISS" or config.get("init_weights") == "bat":
+        if config.get("peft_type") != "MISS" or config.get("init_weights", True) not in (True, False, "mini"):
             return None
         return cls(config.get("r", 64), config.get("mini_r", 1) if config.get("init_weights") == "mini" else 0)

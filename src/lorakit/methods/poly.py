@@ -14,7 +14,7 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.maps import spread
-from lorakit.method import Leaf, LowRank, check_rank, kaiming, method, zeros
+from lorakit.method import Leaf, LowRank, check_rank, kaiming, method, refuse, zeros
 
 
 def tiny(shape, method, origin, gen):
@@ -52,6 +52,18 @@ class Poly(LowRank):
     @property
     def mergeable(self):
         return "exact" if self.task >= 0 or self.n_tasks == 1 else "no"
+
+    def to_peft(self):
+        if self.task >= 0:
+            return None
+        return {"peft_type": "POLY", "poly_type": "poly", "init_weights": True} | {k: getattr(self, k) for k in ("r", "n_tasks", "n_skills", "n_splits")}
+
+    @classmethod
+    def from_peft(cls, config):
+        if config.get("peft_type") != "POLY":
+            return None
+        refuse(config, poly_type="poly")
+        return cls(config.get("r", 8), config.get("n_tasks", 1), config.get("n_skills", 4), config.get("n_splits", 1))
 
     def dims(self, o, i):
         q = self.n_splits

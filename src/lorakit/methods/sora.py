@@ -10,6 +10,7 @@ A closed gate still has a gradient, so it can open again.
 from __future__ import annotations
 
 from lorakit.method import Leaf, LowRank, check_rank, kaiming, method, normal, zeros
+from lorakit.methods.lora import folded
 
 
 @method("sora", title="SoRA", paper="2311.11696", formula="W + s B diag(g) A", laws=("rank<=r", "identity"))
@@ -29,3 +30,6 @@ class SoRA(LowRank):
 
     def factors(self, p):
         return p["B"] * (self.alpha / self.r), p["g"].squeeze(-2), p["A"]
+
+    def for_files(self, p):
+        return folded(*self.factors(p)) or (self, p)

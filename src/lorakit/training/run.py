@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import random
 import resource
 import sys
 import time
@@ -28,8 +29,10 @@ from lorakit.formats.files import writing
 from lorakit.formats.folder import Folder
 from lorakit.formats.receipt import modules_table, versions
 from lorakit.hooks.base import build
+from lorakit.inits import INITS
 from lorakit.models import load_base
 from lorakit.proof import load_base_for, verify
+from lorakit.spec import Spec
 from lorakit.training import data as d
 from lorakit.training.bridge import AdapterTrainer
 from lorakit.training.config import Run
@@ -50,7 +53,7 @@ def build_model(p: Prepared, say: Say = print) -> nn.Module:
     model = load_base(run.base.path, p.task, dtype=run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code, **extra)
     spec = run.spec()
     if run.from_adapter is None:
-        return api.adapt(model, spec)
+        return api.adapt(model, spec, data=_looked_at(p, spec))
     before = Folder(run.from_adapter.path)
     p.lineage = lineage.entry(before, run.from_adapter.stage)
     frozen = lineage.apply(model, p.lineage)
@@ -59,8 +62,18 @@ def build_model(p: Prepared, say: Say = print) -> nn.Module:
         say(f"continuing {before.path}: its method and targets hold, the run's adapter settings do not")
         api.load(model, before.path, trainable=True)
     else:
-        api.adapt(model, spec)
+        api.adapt(model, spec, data=_looked_at(p, spec))
     return api.activate(model, *frozen, "default", chain=bool(frozen))
+
+
+def _looked_at(p: Prepared, spec: Spec) -> list[dict[str, torch.Tensor]] | None:
+    """Batches of training rows, drawn by the seed, for a start that looks at data."""
+    if not (spec.init and INITS[spec.init].collect):
+        return None
+    size, rows = p.run.train.batch_size, p.train.rows
+    rows = random.Random(p.run.train.seed).sample(rows, min(len(rows), size * spec.init_options.get("batches", 8)))
+    collate = d.Collator(p.tokenizer.pad_token_id)
+    return [collate(rows[k : k + size]) for k in range(0, len(rows), size)]
 
 
 def arguments(run: Run, rows: int, held_out: bool = False) -> TrainingArguments:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -228,7 +229,8 @@ def check(config: Any) -> LoraConfig:
         if (value := getattr(config, name)) != getattr(fresh, name) and value is not None:
             raise LorakitError(f"LoraConfig: `{name}` is not there yet in lorakit.compat.peft; mend: leave it at {getattr(fresh, name)!r}")
     start = config.init_lora_weights
-    if start not in STARTS and not any(start == n or start in i.aliases for n, i in INITS.items()):
+    known = start in STARTS or any((start == n or start in i.aliases) and not i.collect for n, i in INITS.items())
+    if not known and not re.fullmatch(r"pissa_niter_\d+", str(start)):
         raise LorakitError(f"LoraConfig: init_lora_weights `{start}` is not there yet in lorakit.compat.peft{near(str(start), [*map(str, STARTS), *INITS])}")
     return config
 
