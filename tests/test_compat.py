@@ -1124,20 +1124,23 @@ def test_sharding_by_accelerate_is_refused_before_the_first_step(monkeypatch):
 FAMILY = {
     "VeraConfig": {"r": 6}, "LoHaConfig": {"r": 3, "rank_pattern": {"q_proj": 2}}, "LoKrConfig": {"r": 2}, "IA3Config": {}, "OFTConfig": {"oft_block_size": 4},
     "BOFTConfig": {}, "HRAConfig": {"r": 4}, "FourierFTConfig": {"n_frequency": 20, "n_frequency_pattern": {"v_proj": 7}},
-    "VBLoRAConfig": {"r": 2, "num_vectors": 9, "vector_length": 4}, "MissConfig": {"r": 4},
+    "VBLoRAConfig": {"r": 2, "num_vectors": 9, "vector_length": 4}, "MissConfig": {"r": 4}, "LNTuningConfig": {}, "AdaLoraConfig": {"total_step": 20},
 }
+NEEDED = {"AdaLoraConfig": {"total_step": 20}}  # fields without which PEFT makes none
 
 
-@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("kind", [*FAMILY, "PolyConfig"])
 def test_the_family_has_pefts_fields_and_defaults(kind):
-    a, b = ({f.name: getattr(getattr(P, kind)(), f.name) for f in dataclasses.fields(getattr(P, kind))} for P in (theirs, ours))
-    a.pop("runtime_config", None)
+    a, b = ({f.name: getattr(getattr(P, kind)(**NEEDED.get(kind, {})), f.name) for f in dataclasses.fields(getattr(P, kind))} for P in (theirs, ours))
     for d in (a, b):
+        d.pop("runtime_config", None)
         d["peft_type"] = str(getattr(d["peft_type"], "value", d["peft_type"]))
         d.pop("peft_version")
     same(a, b)
     with pytest.raises(TypeError, match="no_such"):
         getattr(ours, kind)(no_such=1)
+    with pytest.raises(lorakit.LorakitError, match="did you mean `target_modules`"):
+        getattr(ours, kind)(targt_modules=["q_proj"])
 
 
 def family(P, kind, path):
@@ -1165,3 +1168,68 @@ def family(P, kind, path):
 def test_the_family_runs_alike(kind, tmp_path):
     a, b = both(family, kind, tmp=tmp_path)
     same(a, b, 1e-4)
+
+
+def poly(P, path):
+    torch.manual_seed(0)
+    config = P.PolyConfig(task_type="CAUSAL_LM", r=2, n_tasks=3, n_skills=2, n_splits=2, target_modules=["q_proj", "down_proj"])
+    model = P.get_peft_model(tiny.llama(), config)
+    out = {"trains": model.get_nb_trainable_parameters()[0]}
+    state = P.get_peft_model_state_dict(model)
+    g = torch.Generator().manual_seed(1)
+    P.set_peft_model_state_dict(model, {k: torch.randn(t.shape, generator=g) * 0.3 for k, t in sorted(state.items())})
+    rows, tasks = torch.tensor([[1, 5, 9, 3], [7, 2, 4, 8]]), torch.tensor([2, 0])
+    with torch.no_grad():
+        out["logits"] = model.eval()(input_ids=rows, task_ids=tasks).logits
+        out["other"] = model(input_ids=rows, task_ids=tasks.flip(0)).logits
+        out["text"] = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), task_ids=tasks, max_new_tokens=4, do_sample=False)
+        model.save_pretrained(path)
+        out["loaded"] = P.PeftModel.from_pretrained(tiny.llama(), path)(input_ids=rows, task_ids=tasks).logits
+    return out
+
+
+def test_poly_takes_the_tasks_of_a_batch(tmp_path):
+    a, b = both(poly, tmp=tmp_path)
+    assert float((a["logits"] - a["other"]).abs().max()) > 1e-3
+    same(a, b, 1e-4)
+
+
+def budget(P, path):
+    """AdaLoRA's steps as its users write them: loss with the orthogonality term, step, allocation."""
+    config = P.AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=6, lora_alpha=8,
+                             target_modules=["q_proj", "v_proj"])
+    model = P.get_peft_model(tiny.llama(), config)
+    state = P.get_peft_model_state_dict(model)
+    g = torch.Generator().manual_seed(1)
+    P.set_peft_model_state_dict(model, {k: torch.randn(t.shape, generator=g) * 0.3 for k, t in sorted(state.items())})
+    opt, losses, left = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05), [], []
+    model.train()
+    for step in range(1, 7):
+        loss = model(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        opt.step()
+        model.base_model.update_and_allocate(step)
+        opt.zero_grad()
+        losses.append(loss.detach())
+        left.append(sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n))
+    out = {"losses": torch.stack(losses), "left": left, "logits": logits(model.eval())}
+    model.save_pretrained(path)
+    out["loaded"] = logits(P.PeftModel.from_pretrained(tiny.llama(), path))
+    return out
+
+
+def test_adalora_allocates_its_budget(tmp_path):
+    a, b = both(budget, tmp=tmp_path)
+    assert a["left"][0] > a["left"][-1] == 8
+    same(a, b, 1e-4)
+
+
+def test_adalora_says_what_it_needs():
+    with pytest.raises(lorakit.LorakitError, match="total_step is needed"):
+        ours.AdaLoraConfig()
+    with pytest.raises(lorakit.LorakitError, match="leave none to prune in"):
+        ours.AdaLoraConfig(total_step=5, tinit=3, tfinal=2)
+    with pytest.raises(lorakit.LorakitError, match="`use_dora` is not there yet"):
+        ours.get_peft_model(tiny.llama(), ours.AdaLoraConfig(total_step=5, use_dora=True))
+    with pytest.raises(lorakit.LorakitError, match="no active adapter has a budget"):
+        ours.get_peft_model(tiny.llama(), ours.LoraConfig()).base_model.update_and_allocate(1)

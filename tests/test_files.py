@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -344,16 +345,18 @@ def test_a_kill_at_every_step_of_a_write_leaves_the_old_or_the_new(tmp_path, mon
 
 def test_kills_at_random_moments_leave_the_old_or_the_new(tmp_path):
     pair, folder, rng = (OLD(), NEW()), tmp_path / "adapter", random.Random(5)
+    begun = time.monotonic()
     lorakit.save(pair[0], folder)
+    once = time.monotonic() - begun  # on this machine, as busy as it is
     seen = set()
 
-    def forever():
+    def forever(first):
         for n in range(10**6):
-            lorakit.save(pair[(n + 1) % 2], folder)
+            lorakit.save(pair[(n + first) % 2], folder)
 
-    for _ in range(30):
-        p = child(forever)
-        time.sleep(rng.uniform(0.002, 0.06))
+    for k in range(30):
+        p = child(partial(forever, k % 2))
+        time.sleep(rng.uniform(0.1, 3) * once)
         os.kill(p.pid, signal.SIGKILL)
         p.join(30)
         seen.add(outcome(folder)[0])

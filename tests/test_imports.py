@@ -20,7 +20,7 @@ from lorakit.stores import STORES
 ROOT = Path(lorakit.__file__).parent
 FILES = sorted(p for p in ROOT.rglob("*.py") if "assets" not in p.parts)
 CORE = {"errors", "maps", "kernels", "method", "methods", "stores", "sites", "inits", "host", "targets", "spec", "recipes", "formats", "models", "prompts",
-        "proof", "api"}
+        "merges", "proof", "api"}
 MAY = {  # unit -> units of lorakit it may import, besides itself and errors
     "errors": set(), "maps": set(), "kernels": set(), "models": set(),
     "stores": set(), "sites": {"stores"},
@@ -31,6 +31,7 @@ MAY = {  # unit -> units of lorakit it may import, besides itself and errors
     "spec": {"host", "inits", "method", "methods", "sites", "targets"},
     "recipes": {"inits", "method", "methods", "spec"},
     "formats": {"host", "maps", "method", "methods", "sites", "spec", "stores"},
+    "merges": {"host", "maps", "method", "methods", "recipes", "spec"},
     "proof": {"formats", "host", "method", "models", "sites"},
     "api": CORE, "__init__": CORE,
 }

@@ -117,10 +117,10 @@ class Export:
             method, p = _with_start(slot, name)
             if slot.absorbed and slot.absorbed.adapter == name and slot.absorbed.written:
                 self.converted.append(path)
+            if form != "native":
+                method, p = method.for_files(p)
             if form == "lora" or (form == "auto" and method.plain_in_files):
                 method, p = self._lora(slot, method, p, must=form == "lora")
-            elif form == "auto":
-                method, p = method.for_files(p)
             self.methods[path], params[path] = method, p
         turned = {type(slots[p].methods[name]) for p, m in self.methods.items() if type(m) is LoRA} - {LoRA} if form == "auto" else set()
         for path in [p for p, m in self.methods.items() if type(m) in turned]:  # where some of a kind are a LoRA now, all are, so that one file holds them

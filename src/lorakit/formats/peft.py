@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.host import Slot
+from lorakit.host import Holder, Leaves, Slot
 from lorakit.method import Around, Method, method_from_dict, method_from_peft
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
@@ -115,8 +115,9 @@ def _copies(modules: Mapping[str, nn.Module], methods: Mapping[str, Method]) -> 
     for path in (p for p in methods if p not in modules):
         owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
     for owner, keys in owners.items():
-        every = dict(modules[owner].named_parameters()) | dict(modules[owner].named_buffers())
-        if not owner or {k for k in every if k.count(".") == 0} != set(keys) or any(n.startswith(f"{owner}.") for n in modules):
+        m = modules[owner]
+        own = {k for k, t in [*m._parameters.items(), *m._buffers.items()] if t is not None}
+        if not owner or own != set(keys) or any(not isinstance(child, Leaves | Holder) for child in m._modules.values()):
             return None
     return {f"{o}.{k}": f"{o}.{COPIES}.{k}" for o, keys in owners.items() for k in keys} if owners else None
 

@@ -151,10 +151,17 @@ def probe(model: nn.Module) -> Tensor | None:
         return None
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     was = {m: m.training for m in model.modules()}
+    state = find_state(model)
+    given = state.given if state else {}
+    if state:  # what methods ask of the batch is zero, for every row
+        asked = {a for s in slots(model).values() for m in s.methods.values() for a in m.asks}
+        state.given = {a: torch.zeros(PROBE_ROWS, dtype=torch.int64) for a in asked}
     model.eval()
     try:
         out = model(**{k: v.to(device) for k, v in feed.items()})
     finally:
+        if state:
+            state.given = given
         sharded(model)
         for m, flag in was.items():
             m.training = flag

@@ -7,8 +7,8 @@
 t counts finished steps, T is the trainer's number of steps. At T - tf the mask is made a last time and stays; before that a λ can come
 back. The norms are not squared and means are taken where the paper prints squares and sums, as in both public codes; so is the budget's
 formula. The scale keeps the rank of the beginning. Of equal scores the first go, so that the budget is met exactly; scores see the
-weights after the step and the gradients before it. The finished adapter is saved as a LoRA of the ranks found; a target whose rank
-became 0 keeps its leaves.
+weights after the step and the gradients before it. The finished adapter is saved with the components that are left; a target of which
+none is left keeps all its leaves.
 """
 
 from __future__ import annotations

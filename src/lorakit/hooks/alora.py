@@ -11,8 +11,6 @@ A round costs two forward passes for each open component. Not to be confused wit
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,10 +41,10 @@ class ALoRA(Hook):
         self.of, self.batch = gated(model, "alora"), None
         for g in self.of:
             if g.r <= self.target_r:
-                raise LorakitError(f"alora: {g.path} has rank {g.r}, which leaves no room above target_r = {self.target_r}; mend: a higher r (2 × target_r, say)")
+                raise LorakitError(f"alora: {g.path} has rank {g.r}, no more than target_r = {self.target_r}; mend: a higher r (2 × target_r, say)")
             if not ((g.gate == 0) | (g.gate == 1)).all() or bool((g.gate == 1).all()):
                 if g.B.any() and g.A.any():
-                    raise LorakitError(f"alora: {g.path} has gates that are not 0 or 1 on factors that are not zero; mend: sora, or trilora with begin: identity")
+                    raise LorakitError(f"alora: {g.path} has gates that are not 0 or 1 and has trained; mend: sora, or trilora with begin: identity")
                 g.flat(g.gate).copy_((torch.arange(g.r) < self.target_r).expand(g.many, g.r))
             g.gate.requires_grad_(False)
         self.handles = [model.register_forward_pre_hook(self._note, with_kwargs=True)]

@@ -16,10 +16,14 @@ from lorakit.method import Method
 from lorakit.stores.shards import scattered
 
 
-def leaf_of(method: Method, axes: tuple[str, ...]) -> str | None:
-    """The one leaf with these axes, axes of size one aside; None where there is none, or several, or targets share it."""
-    found = [k for k, leaf in method.core.leaves.items() if tuple(a for a in leaf.axes.split() if a != "one") == axes]
-    return found[0] if len(found) == 1 and not method.core.leaves[found[0]].shared else None
+def triplet(method: Method) -> tuple[str, str, str] | None:
+    """The leaves B (o, x), gate (x) and A (x, i) for one axis x, each the only one of its kind and no shared one; None where there are none."""
+    axes = {k: tuple(a for a in leaf.axes.split() if a != "one") for k, leaf in method.core.leaves.items() if not leaf.shared}
+    for x in dict.fromkeys(a for at in axes.values() for a in at if a not in "oi"):
+        found = [[k for k, at in axes.items() if at == want] for want in (("o", x), (x,), (x, "i"))]
+        if all(len(names) == 1 for names in found):
+            return tuple(names[0] for names in found)
+    return None
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ def gated(model: nn.Module, what: str, all_train: bool = True) -> list[Gated]:
     out = []
     for path, slot in host.slots(model).items():
         for a, m in slot.methods.items():
-            names = tuple(leaf_of(m, axes) for axes in (("o", "r"), ("r",), ("r", "i")))
-            p = slot.parameters(a) if None not in names and a not in slot.tied else {}
+            names = triplet(m)
+            p = slot.parameters(a) if names and a not in slot.tied else {}
             if p and all(p[k].requires_grad for k in (names if all_train else names[1:2])):
                 out.append(Gated(path, slot, a, names, *(p[k] for k in names)))
     if not out:

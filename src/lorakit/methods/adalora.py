@@ -15,7 +15,6 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.method import Leaf, LowRank, Params, check_rank, method, normal, zeros
-from lorakit.methods.lora import folded
 
 
 @method("adalora", title="AdaLoRA", paper="2303.10512", formula="W + s P diag(λ) Q", laws=("rank<=r", "identity"))
@@ -47,7 +46,9 @@ class AdaLoRA(LowRank):
         return p["P"] * s, p["E"].squeeze(-1), p["Q"]
 
     def for_files(self, p):
-        return folded(*self.factors(p)) or (self, p)
+        live = (p["E"] != 0).flatten(0, -3).any(0).flatten() if p["E"].dim() > 2 else (p["E"] != 0).flatten()  # of a stack: in any of its matrices
+        n = int(live.sum())  # where none is left, or training has not begun, all stay
+        return (dataclasses.replace(self, left=n), {k: p[k][..., live] if k == "P" else p[k][..., live, :] for k in "QPE"}) if 0 < n < len(live) else (self, p)
 
     def penalty(self, p: Params) -> torch.Tensor:
         """How far P and Q are from orthonormal."""

@@ -81,6 +81,9 @@ class Poly(LowRank):
         A, B = torch.einsum("...qs,qsir->...qir", w, p["A"]), torch.einsum("...qs,qsro->...qro", w, p["B"])
         return B.transpose(-3, -2).flatten(-2).mT / self.r, A.flatten(-3, -2).mT
 
+    def size(self, p):
+        return p["B"].float().norm()
+
     def factors(self, p):
         if self.mergeable == "no":
             raise LorakitError("poly: which task? mend: with lorakit.given(model, task_ids=…), or the field task for one of them")

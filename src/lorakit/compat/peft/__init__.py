@@ -20,14 +20,17 @@ from torch import Tensor, nn
 
 from lorakit.compat.peft.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType, from_dict, locate
 from lorakit.compat.peft.family import (
+    AdaLoraConfig,
     BOFTConfig,
     FourierFTConfig,
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     MissConfig,
     OFTConfig,
+    PolyConfig,
     VBLoRAConfig,
     VeraConfig,
 )
@@ -184,6 +187,7 @@ class AutoPeftModelForFeatureExtraction(_Auto):
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "AdaLoraConfig",
     "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -197,6 +201,7 @@ __all__ = [
     "FourierFTConfig",
     "HRAConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
@@ -213,6 +218,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,6 +26,10 @@ from lorakit.recipes import compose
 from lorakit.spec import Spec
 
 VERSION = "0.21.2"  # the PEFT these names and defaults are those of
+
+
+class UnknownField(LorakitError, TypeError):
+    """A configuration got a field that its kind does not have."""
 
 
 class TaskType(str, enum.Enum):  # noqa: UP042 (as in PEFT: its text is `TaskType.CAUSAL_LM`)
@@ -54,6 +58,9 @@ class PeftType(str, enum.Enum):  # noqa: UP042
     PREFIX_TUNING = "PREFIX_TUNING"
     CPT = "CPT"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    ADALORA = "ADALORA"
+    LN_TUNING = "LN_TUNING"
+    POLY = "POLY"
     LORAKIT = OWN  # a folder of lorakit's own, for what PEFT has no configuration for
 
 
@@ -87,6 +94,17 @@ class PeftConfig(PushToHubMixin):
 
     is_prompt_learning = False
     is_adaption_prompt = False
+    asks: ClassVar[tuple[str, ...]] = ()  # what forward takes beside the base's inputs
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        names = [f.name for f in dataclasses.fields(cls)]
+        if other := next((k for k in kwargs if k not in names), None):
+            raise UnknownField(f"{cls.__name__} has no field `{other}`{near(other, names)}")
+        return super().__new__(cls)
+
+    def allocator(self) -> Any:
+        """The hook (`lorakit.hooks`) that moves the budget of ranks in training, where there is one."""
+        return None
 
     def __post_init__(self):
         if self.task_type is not None:

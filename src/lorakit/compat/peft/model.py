@@ -115,6 +115,20 @@ class PeftModel(*_parents()):
                                "would be empty; mend: lorakit.training.AdapterTrainer on model.get_base_model()")
         if self.order:
             args, kwargs = (), kwargs | dict(zip(self.order, args, strict=False))
+        with self._given(kwargs):
+            return self._forward(*args, **kwargs)
+
+    @contextmanager
+    def _given(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Takes out of the arguments what methods ask of a batch beside the base's inputs (task_ids), and gives it to them inside."""
+        mine = {k: kwargs.pop(k) for c in list(self.peft_config.values()) for k in c.asks if k in kwargs}
+        if not {k: v for k, v in mine.items() if v is not None}:
+            yield
+            return
+        with lorakit.given(self.get_base_model(), **mine):
+            yield
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if SPECIAL.isdisjoint(kwargs):
             return self.base_model(*args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
@@ -122,7 +136,7 @@ class PeftModel(*_parents()):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.base_model.sync()
-        with self._enable_peft_forward_hooks(*args, **kwargs):
+        with self._given(kwargs), self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model().generate(*args, **{k: v for k, v in kwargs.items() if k not in SPECIAL})
 
     @contextmanager

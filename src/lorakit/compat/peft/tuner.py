@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import lorakit
@@ -53,6 +54,7 @@ class LoraModel(nn.Module):
                                "lorakit.detach(model) first")
         config = config if isinstance(config, PeftConfig) or not isinstance(config, Mapping) else config[adapter_name]
         self.model, self.peft_config, self.lora_dropout = model, {}, nn.Module()
+        self._hook: Any = None  # what moves the budget of ranks in training
         self._aside: dict[str, float] | None = None  # what is active, while adapters are disabled
         self._before: dict[str, float] | None = None  # what was active when others were merged
         self.put(adapter_name, config, state_dict=state_dict, source=source, check_base=check_base, own_config=own_config)
@@ -66,7 +68,25 @@ class LoraModel(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        out = self.model(*args, **kwargs)
+        if torch.is_grad_enabled() and self._aside is None and getattr(out, "loss", None) is not None and (hook := self._allocator()) is not None:
+            out.loss = out.loss + hook.extra_loss(self.model, out)
+        return out
+
+    def _allocator(self) -> Any:
+        config = next((c for n, c in self.peft_config.items() if not c.inference_mode and n in self._active() and c.allocator() is not None), None)
+        if config is not None and self._hook is None:
+            self._hook = config.allocator()
+            self._hook.setup(self.model)
+            self._hook.start(self.model, None, None)
+        return None if config is None else self._hook
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's budget after step number `global_step`, the first being 1: to be called after the optimizer's step, before the gradients go."""
+        hook = self._allocator()
+        if hook is None:
+            raise LorakitError("update_and_allocate: no active adapter has a budget of ranks; mend: AdaLoraConfig")
+        hook.after_step(self.model, None, global_step - 1)
 
     def put(self, name: str, config: PeftConfig, *, state_dict: Mapping[str, Any] | None = None, source: Path | None = None, check_base: bool = True,
             own_config: bool = False) -> None:
