@@ -146,8 +146,9 @@ BUGS: dict[str, Bug] = {
                                                         ("test_offload.py::test_an_optimizer_made_before_the_offload_still_trains",)),
     "weights loaded for one call stay": Bug("sites/layers.py", "(weakref.ref(W), now,", "((lambda: W), now,",
                                             ("test_offload.py::test_no_weight_that_was_offloaded_is_kept",)),
-    "the change of a start taken out of the base is told wrong": Bug("formats/receipt.py", "None if begun or not matrix or method.two", "None if not matrix or method.two",
-                                                                     ("test_files.py::test_a_trained_start_out_of_the_base_is_saved",)),
+    "the change of a start taken out of the base is told wrong": Bug(
+        "formats/receipt.py", "None if begun or not matrix or method.two", "None if not matrix or method.two",
+        ("test_files.py::test_a_trained_start_out_of_the_base_is_saved",)),
     "every layer starts alike": Bug("host/adapters.py", 'f"{seed}:{path}"', 'f"{seed}"', ("test_host.py::test_starts_depend_on_seed_and_path_alone",)),
     "a fused encoder layer skips its adapter": Bug("sites/__init__.py", "and torch.backends.mha.get_fastpath_enabled():", "and False:",
                                                    ("test_host.py::test_a_fused_encoder_layer_never_skips_its_adapter_silently",)),
