@@ -30,8 +30,8 @@ MAY = {  # unit -> units of lorakit it may import, besides itself and errors
     "targets": {"host", "sites"},
     "spec": {"host", "inits", "method", "methods", "sites", "targets"},
     "recipes": {"inits", "method", "methods", "spec"},
-    "formats": {"host", "maps", "method", "methods", "sites", "spec", "stores"},
-    "merges": {"host", "maps", "method", "methods", "recipes", "spec"},
+    "formats": {"host", "kernels", "maps", "method", "methods", "sites", "spec", "stores"},
+    "merges": {"host", "kernels", "maps", "method", "methods", "recipes", "spec"},
     "proof": {"formats", "host", "method", "models", "sites"},
     "api": CORE, "__init__": CORE,
 }

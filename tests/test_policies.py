@@ -1,4 +1,4 @@
-"""Rank policies, pruning, freezing: each against its formula written out slowly, stopped and resumed to the bit, and what it refuses."""
+"""Rank policies, pruning, freezing: each against its formula written out slowly, and what it refuses (stopped and resumed in test_hooks.py)."""
 
 from __future__ import annotations
 
@@ -18,43 +18,6 @@ from lorakit.hooks import build, hooked
 from lorakit.hooks.dylora import at_rank
 from lorakit.hooks.ranks import importance, ladder, lora_drop, rank_by_importance, rank_ladder
 from lorakit.training import AdapterTrainer
-
-# Stop, resume, go on
-
-CASES = {
-    "adalora": ({"target_r": 2, "tinit": 1, "tfinal": 2}, "adalora"),
-    "sora": ({"xi": 0.05, "levels": 3, "l1": 0.1}, "sora"),
-    "dylora": ({}, "dora"), "prilora": ({"every": 3}, "lora"), "rose_lora": ({"t0": 1, "t1": 6, "keep": 0.3, "clamp": 0.1}, "lora"),
-    "aflora": ({"every": 2, "tfinal": 1}, "aflora"), "sparse_adapter": ({"at": 2}, "lora"), "diff_pruning": ({"fix": 0.4, "share": 0.1}, "diff-pruning"),
-    "dora_dynamic": ({"target_r": 2, "every": 1, "warmup": 0.2, "rest": 0.2}, "trilora"),
-    "alora": ({"target_r": 2, "first": 2, "every": 2, "rounds": 2}, "sora"),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_every_policy_resumes_to_the_bit(name, tmp_path):
-    options, recipe = CASES[name]
-
-    def trainer(out, stop=None):
-        model = lorakit.adapt(tiny.llama(), recipe, lora_dropout=0.2, **({} if recipe == "diff-pruning" else {"r": 4}))
-        return AdapterTrainer(model=model, args=arguments(out), train_dataset=ROWS, hooks=[build({name: options})],
-                              callbacks=[StopAt(stop)] if stop else None)
-
-    straight = trainer(tmp_path / "a")
-    straight.train()
-    trainer(tmp_path / "b", stop=5).train()
-    resumed = trainer(tmp_path / "b")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
-    assert resumed.state.global_step == 8
-    same_state(straight, resumed)
-    assert torch.equal(x := logits(straight.model.eval()), logits(resumed.model.eval()))
-    lorakit.save(straight.model, tmp_path / "out")
-    assert torch.allclose(logits(lorakit.load(tiny.llama(), tmp_path / "out")), x, atol=1e-4), "the saved adapter is not the trained model"
-    assert lorakit.verify(tmp_path / "out", tiny.llama()).ok
-    lorakit.detach(straight.model)
-    for (k, a), b in zip(tiny.llama().state_dict().items(), straight.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b), f"{k}: detach does not give the base back"
-
 
 # AdaLoRA
 

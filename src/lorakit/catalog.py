@@ -44,7 +44,7 @@ def _sites() -> dict[str, Site]:
 
 def sites(method: Method) -> dict[str, str]:
     """Kind of target -> "" where the method fits, else why it means nothing there."""
-    return {k: method.unfit(s) or "" for k, s in _sites().items()}
+    return {k: method.on(s).unfit(s) or "" for k, s in _sites().items()}
 
 
 def count(method: Method) -> str:

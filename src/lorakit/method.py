@@ -116,7 +116,7 @@ def method(name: str, **card: Any) -> Callable[[type], type]:
     """Class decorator: makes a frozen dataclass of it, collects its leaves and registers it under `name`."""
 
     def add(cls: type) -> type:
-        cls = dataclass(frozen=True)(cls)
+        cls = dataclass(frozen=True)(checked(cls, name))
         cls.name, cls.card, METHODS[name] = name, Card(**card), cls
         cls.own = {k: v for k, v in vars(cls).items() if isinstance(v, Leaf)}
         return cls
@@ -136,11 +136,25 @@ def choice(default: str, options: Iterable[str]) -> Any:
     return dataclasses.field(default=default, metadata={"choices": tuple(options)})
 
 
-def check_rank(name: str, r: int, scaling: str = "standard") -> None:
+def checked(cls: type, name: str) -> type:
+    """The class, about to become a dataclass, with every `choice` looked at before its own `__post_init__`. LorakitError with the nearest word."""
+    own = getattr(cls, "__post_init__", None)
+
+    def check(self) -> None:
+        for f in dataclasses.fields(self):
+            options = f.metadata.get("choices")
+            if options and (value := getattr(self, f.name)) not in options:
+                raise LorakitError(f"{name}: unknown {f.name} `{value}`{near(str(value), options)}")
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = check
+    return cls
+
+
+def check_rank(name: str, r: int) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise LorakitError(f"{name}: the rank r must be a whole number of at least 1, not {r!r}")
-    if scaling not in SCALINGS:
-        raise LorakitError(f"{name}: unknown scaling `{scaling}`{near(scaling, SCALINGS)}")
 
 
 class Method(ABC):

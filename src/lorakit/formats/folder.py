@@ -16,6 +16,7 @@ from lorakit.errors import LorakitError, near
 from lorakit.formats import peft
 from lorakit.formats.files import read_json, reading, sha256, writing
 from lorakit.formats.receipt import compare_bases, digest, fingerprint, modules_table, probe, probe_record, versions
+from lorakit.kernels.svd import lower_rank, thin_svd
 from lorakit.maps import Base, each
 from lorakit.method import Around, Method
 from lorakit.methods.lora import LoRA
@@ -109,7 +110,7 @@ class Export:
         if rank is not None and form != "lora":
             raise LorakitError(f"rank is for form='lora', not for form={form!r}")
         self.methods, self.tensors, self.converted, self.rank = {}, {}, [], rank
-        self.errors: dict[str, tuple[float, float]] = {}  # target -> norms of what was left out and of the whole update, where the form is not exact
+        self.errors: dict[str, Sequence[float]] = {}  # target -> norms of what was left out and of the whole update, where the form is not exact
         params: dict[str, Mapping[str, Tensor]] = {}
         for path, slot in slots.items():
             if name in slot.tied:
@@ -146,9 +147,11 @@ class Export:
         if two is None:
             return self._nearest(slot, method, p) if must and not method.replaces else (method, p)
         r = two[1].shape[-2]
-        if self.rank is not None and r > self.rank:
-            return self._nearest(slot, method, p)
         self.converted.append(slot.path)
+        if self.rank is not None and r > self.rank:
+            B, A, *self.errors[slot.path] = lower_rank(*two, self.rank)
+            r = A.shape[-2]
+            return LoRA(r, float(r)), {"A": A, "B": B}
         return LoRA(r, float(r)), {"A": two[1], "B": two[0]}
 
     @torch.no_grad()
@@ -160,7 +163,7 @@ class Export:
         if method.bias(dict(p), site.bias) is not site.bias:
             raise LorakitError(f"{slot.path}: {method.core.name} changes the bias, which a LoRA cannot; {way}")
         W = Base(site).weight()
-        U, S, V = torch.linalg.svd((each(site, method, method.weight, dict(p), W) - W).double(), full_matrices=False)
+        U, S, V = thin_svd((each(site, method, method.weight, dict(p), W) - W).double())
         exact = max(1, int((S.amax(-1, keepdim=True) * max(W.shape[-2:]) * 1e-7 < S).sum(-1).max()))
         if self.rank is None:
             raise LorakitError(f"{slot.path}: {method.core.name} is not exactly a plain LoRA of its own rank; mend: rank={exact} would be exact here, "

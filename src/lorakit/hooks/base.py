@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorakit import host
 from lorakit.errors import LorakitError, near
+from lorakit.method import checked
 
 HOOKS: dict[str, type[Hook]] = {}
 
@@ -78,18 +79,7 @@ def hook(name: str, title: str, paper: str = "", formula: str = "") -> Callable[
     """Class decorator: a dataclass registered under `name`."""
 
     def add(cls: type) -> type:
-        own = getattr(cls, "__post_init__", None)
-
-        def check(self) -> None:
-            for f in dataclasses.fields(self):
-                options = f.metadata.get("choices")
-                if options and (value := getattr(self, f.name)) not in options:
-                    raise LorakitError(f"{name}: {f.name}: unknown `{value}`{near(value, options)}")
-            if own is not None:
-                own(self)
-
-        cls.__post_init__ = check
-        cls = dataclass(cls)
+        cls = dataclass(checked(cls, name))
         cls.name, cls.title, cls.paper, cls.formula, HOOKS[name] = name, title, paper, formula, cls
         return cls
 

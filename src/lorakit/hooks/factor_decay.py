@@ -10,6 +10,7 @@ With a start that is not zero and was taken out of the base, all of them pull ba
 from __future__ import annotations
 
 from lorakit.errors import LorakitError
+from lorakit.hooks import rounds
 from lorakit.hooks.base import Hook, hook
 from lorakit.hooks.factors import pairs
 from lorakit.method import choice
@@ -26,6 +27,8 @@ class FactorDecay(Hook):
 
     def setup(self, model):
         self.pairs = pairs(model, "factor_decay")
+        for p in self.pairs if self.of == "product" else ():
+            rounds.lora_like(p.method, "factor_decay (product)", p.path, anew=False)
 
     def extra_loss(self, model, outputs):
         if self.of == "factors":

@@ -41,15 +41,20 @@ class Pair:
 
 
 def pairs(model: nn.Module, what: str = "", both: bool = False, still: bool = False) -> list[Pair]:
-    """The pairs of which something trains (both: both factors; still: any). LorakitError in the name of hook `what` where there are none."""
+    """The pairs of which something trains (both: both factors; still: any). LorakitError in the name of hook `what` where there are none.
+
+    Leaves of other axes are no such factors, whatever they are called, and a pair that several targets share belongs to none of them.
+    """
     out = []
     for path, slot in host.slots(model).items():
-        for a in slot.methods:
-            p = slot.parameters(a) if a not in slot.tied else {}
-            if "A" in p and "B" in p and (still or (all if both else any)(p[k].requires_grad for k in "AB")):
+        for a, m in slot.methods.items():
+            leaves = m.core.leaves
+            mine = a not in slot.tied and all(k in leaves and leaves[k].axes == axes and not leaves[k].shared for k, axes in (("A", "r i"), ("B", "o r")))
+            p = slot.parameters(a) if mine else {}
+            if p and (still or (all if both else any)(p[k].requires_grad for k in "AB")):
                 out.append(Pair(path, slot, a, p["A"], p["B"], float(getattr(slot.methods[a].core, "s", 1.0))))
     if what and not out:
-        raise LorakitError(f"{what}: no adapter here has two factors A and B that train; mend: a method like lora, or leave the hook out")
+        raise LorakitError(f"{what}: no adapter here has two factors A and B of each target's own that train; mend: a method like lora, or leave the hook out")
     return out
 
 

@@ -11,6 +11,8 @@ the weight trains as usual.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.hooks.base import Hook, hook
 
 
-class Projected(Hook):
+class Projected(Hook, ABC):
     """Weights whose gradients are projected: the optimiser holds a small parameter for each."""
 
     place = 30
@@ -31,9 +33,9 @@ class Projected(Hook):
         if self.r < 1 or self.every < 1:
             raise LorakitError(f"{self.name}: r and every must be at least 1, not {self.r}, {self.every}")
 
+    @abstractmethod
     def basis(self, path: str, G: Tensor, step: int) -> Tensor:
         """P with orthonormal or random columns, (side, r)."""
-        raise NotImplementedError
 
     def changed(self, optimizer, small: nn.Parameter, old: Tensor, new: Tensor, left: bool) -> None:
         """P has become another one."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from lorakit.hooks import rounds
 from lorakit.hooks.base import Hook, hook
 from lorakit.hooks.factors import pairs
 from lorakit.method import choice
@@ -32,6 +33,8 @@ class LoRAFA(Hook):
 
     def setup(self, model):
         self.pairs = pairs(model, "lora_fa", both=True)
+        for p in self.pairs if self.mode == "corrected" else ():
+            rounds.lora_like(p.method, "lora_fa (corrected)", p.path, anew=False)
         for p in self.pairs:
             (p.B if p.flipped() else p.A).requires_grad_(False)
 

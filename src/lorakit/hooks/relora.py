@@ -11,13 +11,15 @@ No restart happens at the last step. Choose a rate about twice that of full trai
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from lorakit.errors import LorakitError
 from lorakit.hooks import rounds, surgery
 from lorakit.hooks.base import Hook, hook
 from lorakit.hooks.factors import Pair, pairs
 
 
-class Restarts(Hook):
+class Restarts(Hook, ABC):
     """What ReLoRA, COLA and XGBLoRA have in common: rounds of training, each taken into the base."""
 
     place = 80
@@ -27,9 +29,9 @@ class Restarts(Hook):
     begun_at = 0  # the step at which this round began
     warmup = 0
 
+    @abstractmethod
     def due(self, step: int) -> bool:
         """Whether the round ends after so many steps."""
-        raise NotImplementedError
 
     def forget(self, optimizer, chosen: list[Pair], step: int) -> None:
         """The optimiser's memory of the restarted leaves; a fresh optimiser unless a hook says otherwise."""

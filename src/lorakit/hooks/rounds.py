@@ -24,11 +24,11 @@ from lorakit.method import Additive, Method, Params, Wrapper
 from lorakit.methods.lora import LoRA
 
 
-def lora_like(method: Method, what: str, path: str) -> None:
-    """LorakitError unless what the adapter adds is s B A, whatever is put around it."""
+def lora_like(method: Method, what: str, path: str, anew: bool = True) -> None:
+    """LorakitError unless what the adapter adds is s B A, whatever is put around it; anew: and can start from zero again."""
     inner = method
     while isinstance(inner, Wrapper):
-        if isinstance(inner, Additive):
+        if anew and isinstance(inner, Additive):
             raise LorakitError(f"{path}: {what} starts anew from a zero update, but this adapter subtracts where it started; mend: a start that is zero")
         inner = inner.inner
     if type(inner) is not LoRA or inner.lora_bias or method.core is not inner:

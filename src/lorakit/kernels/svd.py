@@ -27,3 +27,16 @@ def fast_svd(W: Tensor, k: int, niter: int, gen: torch.Generator) -> tuple[Tenso
     U = Q @ U
     sign = torch.gather(U, -2, U.abs().argmax(-2, keepdim=True)).sign()
     return U * sign, S, Vh * sign.mT
+
+
+@torch.no_grad()
+def lower_rank(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """B' and A' of this rank nearest to B A (…, o, i), which is never formed; the norm of what is left out, and of B A.
+
+    B = Q_B R_B,   Aᵀ = Q_A R_A,   R_B R_Aᵀ = U diag(σ) Vᵀ (r x r)   →   B' = Q_B U_q diag(σ_q),   A' = V_qᵀ Q_Aᵀ
+    """
+    (QB, RB), (QA, RA) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().mT)
+    U, S, V = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
+    q = min(rank, S.shape[-1])
+    B2, A2 = QB @ (U[..., :q] * S[..., None, :q]), V[..., :q, :] @ QA.mT
+    return B2.to(B.dtype), A2.to(A.dtype), float(S[..., q:].norm()), float(S.norm())

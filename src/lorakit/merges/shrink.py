@@ -1,31 +1,23 @@
 """Bring your own LoRA: lower the rank of a trained adapter, without its data and without a matrix of the layer's size.
 
-    B = Q_B R_B,   Aᵀ = Q_A R_A,   s R_B R_Aᵀ = U diag(σ) Vᵀ (r x r)   →   B' = Q_B U_q diag(σ_q),   A' = V_qᵀ Q_Aᵀ
+    s B A of rank r   →   B' A' of rank q, the nearest of all (Eckart and Young; `kernels.svd.lower_rank`)
 
-That is the best of all rank-q updates (Eckart and Young); what is left out has the norm sqrt(sum of the σ² beyond the q-th).
+What is left out has the norm sqrt(sum of the σ² beyond the q-th).
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit import host
 from lorakit.errors import LorakitError
+from lorakit.kernels.svd import lower_rank
 from lorakit.maps import each
 from lorakit.method import Method
 from lorakit.methods.lora import LoRA
 from lorakit.recipes import compose
 from lorakit.spec import attach
-
-
-def shrunk(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """B' and A' of this rank nearest to B A; the norm of what is left out, and of B A."""
-    (QB, RB), (QA, RA) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().mT)
-    U, S, V = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
-    q = min(rank, S.shape[-1])
-    B2, A2 = QB @ (U[..., :q] * S[..., None, :q]), V[..., :q, :] @ QA.mT
-    return B2.to(B.dtype), A2.to(A.dtype), float(S[..., q:].norm()), float(S.norm())
 
 
 @torch.no_grad()
@@ -47,7 +39,7 @@ def shrink(model: nn.Module, name: str, rank: int, new_name: str) -> dict[str, f
         if method.replaces or (slot.absorbed and slot.absorbed.adapter == name) or method.bias(p, slot.site.bias) is not slot.site.bias or \
                 method.two(slot.first(name)) is None:
             raise LorakitError(f"shrink: on {path} the adapter is no product of two factors ({method.name}); mend: lorakit.save(form='lora', rank={rank})")
-        B, A, left, whole = shrunk(*each(slot.site, method, method.two, p), rank)
+        B, A, left, whole = lower_rank(*each(slot.site, method, method.two, p), rank)
         made[path], errors[path] = (B, A), (left, whole)
     plan: dict[str, Method] = {p: LoRA(A.shape[-2], float(A.shape[-2])) for p, (_, A) in made.items()}
     was, spec = state.specs[name], compose(LoRA(rank, float(rank)), target_modules=list(plan))

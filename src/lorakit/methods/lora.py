@@ -59,7 +59,7 @@ class LoRA(LowRank):
         return d if b is None else b + d
 
     def __post_init__(self):
-        check_rank("lora", self.r, self.scaling)
+        check_rank("lora", self.r)
 
     @property
     def s(self) -> float:

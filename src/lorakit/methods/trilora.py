@@ -34,7 +34,7 @@ class TriLoRA(LowRank):
     M = Leaf("r", zeros, key="lora_E")
 
     def __post_init__(self):
-        check_rank("trilora", self.r, self.scaling)
+        check_rank("trilora", self.r)
 
     @property
     def leaves(self):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
-from lorakit.errors import LorakitError, near
+from lorakit.errors import LorakitError
 from lorakit.method import Method, Start
 
 
@@ -16,10 +14,7 @@ def linear(fan_in: str) -> Start:
 
 
 def check(method: Method, count: str) -> None:
-    """LorakitError for a number of tokens that is none, or a word that is no choice of its field."""
+    """LorakitError for a number of tokens that is none."""
     n = getattr(method, count)
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise LorakitError(f"{method.name}: {count} must be a whole number of at least 1, not {n!r}")
-    for f in dataclasses.fields(method):
-        if (value := getattr(method, f.name)) not in (known := f.metadata.get("choices", (value,))):
-            raise LorakitError(f"{method.name}: unknown {f.name} `{value}`{near(str(value), known)}")

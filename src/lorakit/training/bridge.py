@@ -175,7 +175,7 @@ class AdapterTrainerMixin:
     def _read(self, path: str | Path) -> None:
         """The hooks' state first: what training took into the base belongs to the adapter beside it."""
         states = Path(path) / HOOK_STATE
-        if states.is_file() and self.hooks:
+        if states.is_file():
             self._every.load_state_dict(torch.load(states, weights_only=True))
         model = self.accelerator.unwrap_model(self.model)
         for name, where in self._folders(path).items():
