@@ -17,7 +17,6 @@ from lorakit import LorakitError, host
 from lorakit.hooks import build, hooked
 from lorakit.hooks.dylora import at_rank
 from lorakit.hooks.ranks import importance, ladder, lora_drop, rank_by_importance, rank_ladder
-from lorakit.training import AdapterTrainer
 
 # AdaLoRA
 
