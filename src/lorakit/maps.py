@@ -47,8 +47,8 @@ class Base(Map):
         return self.site.store.linear(self.site, x, self.bias)
 
     def weight(self):
-        W = self.site.view(self.site.store.read())
-        return W.to(torch.promote_types(W.dtype, torch.float32)) if W.is_floating_point() else W
+        store = self.site.store
+        return self.site.view(store.read(torch.promote_types(store.dtype, torch.float32) if store.dtype.is_floating_point else None))
 
     def row_sq(self):
         return self.site.row_sq(self.weight)

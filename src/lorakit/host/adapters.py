@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.host.hooked import check_blocks
+from lorakit.host.hooked import change_class, check_blocks
 from lorakit.host.module import find_state, host, host_class, known, slots, state_of, unhost, walk
-from lorakit.host.slot import Absorbed, Slot, State, Written
+from lorakit.host.slot import Absorbed, Slot, State, Unmerged, Written
 from lorakit.maps import Base, each
 from lorakit.method import Around, Method, Origin, Params
-from lorakit.sites import Site, place
+from lorakit.sites import Site, place, site_for
 from lorakit.stores.shards import GROWS, scattered
 
 
@@ -31,7 +31,7 @@ StartFn = Callable[[str, Method, Params, Origin, torch.Generator], None]  # the 
 
 
 def _device(site: Site) -> torch.device:
-    device = site.store.read().device
+    device = site.store.device
     hook = getattr(site.module, "_hf_hook", None)  # offloaded by accelerate: the weight is on meta, the work is done elsewhere
     where = getattr(hook, "execution_device", None)
     return torch.device(where) if device.type == "meta" and where is not None else device
@@ -320,9 +320,9 @@ def merge(model: nn.Module) -> None:
             W, bias = slot.map(state.active).weight(), slot.bias(state.active)
             if not torch.isfinite(W).all():
                 raise LorakitError(f"{path}: the merged weight is not finite (NaN or infinity in the adapter?); nothing was merged")
-            slot.kept = (slot.site.store.take(), slot.site.bias)
+            slot.kept = Unmerged(slot.site.store.take(), slot.site.bias, slot.site, type(slot.site.module))
             done.append(slot)
-            slot.site.store.write(slot.site.unview(W))
+            _thaw(slot, W)
             if bias is not slot.site.bias:
                 slot.site.put_bias(nn.Parameter(bias.detach().to(slot.site.dtype).clone(), requires_grad=False))
         for slot in done:
@@ -338,16 +338,28 @@ def _keep_tied(slot: Slot, done: Iterable[Slot]) -> None:
     sources = {id(s): s for s in slot.tied.values()}
     source = next(iter(sources.values())) if len(sources) == 1 else None
     mine = set(slot.state.active) & set(slot.methods)
-    if source in done and source.kept[0] is slot.kept[0] and mine == set(slot.tied) & mine == set(slot.state.active) & set(source.methods):
+    if source in done and source.kept.weight is slot.kept.weight and mine == set(slot.tied) & mine == set(slot.state.active) & set(source.methods):
         slot.site.store.put(source.site.store.take())
+
+
+def _thaw(slot: Slot, W: Tensor) -> None:
+    """Writes a merged weight; a quantised one becomes an ordinary parameter, so that nothing of it is rounded away."""
+    site, module, plain = slot.site, slot.site.module, slot.site.store.plain
+    site.store.thaw(site.unview(W))
+    if plain is not None:
+        change_class(module, host_class(plain, module.mixin))
+        slot.site = site_for(module)
 
 
 def _put_back(done: Iterable[Slot]) -> None:
     for slot in done:
-        weight, bias = slot.kept
-        slot.site.store.put(weight)
-        if slot.site.bias is not bias:
-            slot.site.put_bias(bias)
+        was = slot.kept
+        if was.site is not slot.site:
+            change_class(was.site.module, was.cls)
+            slot.site = was.site
+        slot.site.store.put(was.weight)
+        if slot.site.bias is not was.bias:
+            slot.site.put_bias(was.bias)
         slot.kept = None
 
 

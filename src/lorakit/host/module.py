@@ -14,6 +14,7 @@ from lorakit.host.hooked import change_class, own_forwards
 from lorakit.host.slot import Holder, Leaves, Slot, State
 from lorakit.maps import groups, spread
 from lorakit.sites import Place, batch_of, check_caller, place, site_at, whole_site
+from lorakit.stores.saved import leanly
 
 
 class Host:
@@ -37,7 +38,8 @@ class Layer(Host):
         x, *more = (*args, *kwargs.values())  # the input may come by name
         if more:
             raise LorakitError(f"{type(self).__name__} was called with more than its input; an adapter would ignore the rest")
-        return self.slot.call()(x)
+        call = self.slot.call()
+        return leanly(call)(x) if self.slot.site.store.packs else call(x)
 
 
 class Reader(Host):

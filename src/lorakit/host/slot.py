@@ -71,6 +71,16 @@ class Absorbed:
     written: Written | None = None
 
 
+@dataclass(frozen=True)
+class Unmerged:
+    """What merging replaced on one target."""
+
+    weight: object  # as the store takes it
+    bias: Tensor | None
+    site: Site
+    cls: type[nn.Module]
+
+
 class Slot:
     """What hosting adds to one target: its geometry and the adapters on it. The tensors are children of `module`, the layer or a Holder."""
 
@@ -80,7 +90,7 @@ class Slot:
         self.dropout: dict[str, float] = {}
         self.tied: dict[str, Slot] = {}  # adapter -> the slot whose very tensors it has here
         self.absorbed: Absorbed | None = None
-        self.kept: tuple[object, nn.Parameter | None] | None = None  # the base, while merged
+        self.kept: Unmerged | None = None  # the base, while merged
 
     @property
     def raw(self) -> bool:

@@ -130,7 +130,9 @@ def check_caller(modules: Mapping[str, nn.Module], path: str) -> None:
 
 def site_for(module: nn.Module, path: str = "") -> Site:
     """The site of a layer. LorakitError for an unknown layer, or one whose class computes something of its own."""
-    cls = getattr(type(module), "own_class", type(module))  # what an adapted layer was
+    cls = type(module)
+    while hasattr(cls, "own_class"):  # what an adapted or packed layer was
+        cls = cls.own_class
     if _site_class(cls) is ScaledEmbeddingSite:
         return ScaledEmbeddingSite(module)
     for base in cls.__mro__:

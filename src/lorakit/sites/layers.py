@@ -36,7 +36,7 @@ class Site:
         self._measure()
 
     def _measure(self) -> None:
-        self.out, self.in_ = self.view(self.store.read()).shape[-2:]
+        self.out, self.in_ = self.view(torch.empty(self.store.shape, device="meta")).shape[-2:]
         self._row_sq: tuple[object, tuple, Tensor] | None = None
 
     def common(self, config: Mapping[str, Any]) -> bool:
@@ -45,7 +45,7 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.store.read().dtype
+        return self.store.dtype
 
     def view(self, W: Tensor) -> Tensor:  # raw -> (o, i)
         return W.mT if self.transposed else W
@@ -96,10 +96,10 @@ class Site:
         """Squared row norms of the base weight (o,), kept until the weight changes; a compiled graph keeps nothing."""
         if torch.compiler.is_compiling():
             return weight().detach().square().sum(-1)
-        W = self.store.read()
-        now = (W._version, W.data_ptr(), W.dtype)  # `model.to(...)` swaps the data under the same object
-        if self._row_sq is None or self._row_sq[0]() is not W or self._row_sq[1] != now:
-            self._row_sq = (weakref.ref(W), now, weight().detach().square().sum(-1))
+        token = self.store.token
+        now = (token._version, token.data_ptr(), token.dtype)  # `model.to(...)` swaps the data under the same object
+        if self._row_sq is None or self._row_sq[0]() is not token or self._row_sq[1] != now:
+            self._row_sq = (weakref.ref(token), now, weight().detach().square().sum(-1))
         return self._row_sq[2]
 
     def pack(self, t: Tensor, axes: str) -> Tensor:
@@ -166,8 +166,9 @@ class ConvSite(Site):
     def __init__(self, module):
         self.n = len(module.kernel_size)
         self.channel = -1 - self.n
-        self.raw, self.g = tuple(module.weight.shape[1:]), module.groups
+        self.g = module.groups
         super().__init__(module)
+        self.raw = self.store.shape[1:]
 
     def common(self, config):  # PEFT's first factor drops dilation and padding_mode, and its grouped factors are another matrix
         m = self.module

@@ -20,8 +20,7 @@ class ParameterSite(Site):
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.store = module, Dense(module, name)
-        W = self.store.read()
-        self.raw = tuple(W.shape)
+        self.raw = self.store.shape
         self.stack = self.raw[:1] if len(self.raw) == 3 else ()
         self.transposed = bool(self.stack) and bool(getattr(module, "is_transposed", False))
         self.bias_name = None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.errors import LorakitError
+from lorakit.stores import affine, normal_float  # noqa: F401
 from lorakit.stores.dense import Dense, Store
+from lorakit.stores.packed import Packed
 
-STORES: dict[str, type[Store]] = {"dense": Dense}
+STORES: dict[str, type[Store]] = {"dense": Dense, "packed": Packed}
 
 
 def store_for(module: nn.Module) -> Store:

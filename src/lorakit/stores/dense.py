@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
@@ -14,14 +15,16 @@ from lorakit.stores.shards import WRITES, scattered, whole
 class Store(ABC):
     """Reads and writes one layer's weight in its raw layout, and runs the layer's own kernel.
 
-    `write` replaces the weight object and never changes it in place: the weight may be tied to another module.
-    `take` gives what `put` needs to undo a `write` exactly, to the bit.
+    `write` replaces the weight object and never changes it in place: the weight may be tied to another module. A quantised weight stays so, with
+    a relative error of about `eps`. `take` gives what `put` needs to undo a `write` exactly, to the bit.
     """
 
     title: ClassVar[str] = ""
     formula: ClassVar[str] = ""
     eps: float = 0.0  # relative error of one write() followed by read()
     writable: bool = True
+    packs: ClassVar[bool] = False  # read() makes the weight anew each time
+    plain: type[nn.Module] | None = None  # the layer's class once it is thawed; None: the weight is an ordinary parameter
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -31,7 +34,7 @@ class Store(ABC):
     def claims(module: nn.Module) -> bool: ...
 
     @abstractmethod
-    def read(self) -> Tensor:  # raw layout, floating point
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:  # raw layout, floating point
         ...
 
     @abstractmethod
@@ -46,6 +49,31 @@ class Store(ABC):
     @abstractmethod
     def linear(self, site, x: Tensor, bias: Tensor | None) -> Tensor:  # the layer's own product
         ...
+
+    def thaw(self, W: Tensor) -> None:
+        """Puts an ordinary parameter in the place of a quantised weight; who calls it gives the layer the class `plain`."""
+        self.write(W)
+
+    @abstractmethod
+    def tensors(self, kept: object) -> dict[str, Tensor]:
+        """What `take` gave, by the names that the layer knows it by."""
+
+    @property
+    def token(self) -> Tensor:
+        """A tensor that is another, or another version, once the weight has changed."""
+        return self.read()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.read().dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.read().device
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # raw
+        return tuple(self.read().shape)
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
@@ -72,8 +100,9 @@ class Dense(Store):
         W = getattr(module, "weight", None)
         return isinstance(W, Tensor) and W.is_floating_point()
 
-    def read(self):
-        return held(self.module, self.name)
+    def read(self, dtype=None):
+        W = held(self.module, self.name)
+        return W if dtype is None else W.to(dtype)
 
     def write(self, W):
         was = self.take()
@@ -90,6 +119,9 @@ class Dense(Store):
 
     def put(self, kept):
         setattr(self.module, self.name, kept)
+
+    def tensors(self, kept):
+        return {self.name: kept}
 
     def linear(self, site, x, bias):
         return site.op(x, site.view(getattr(self.module, self.name)), bias)

@@ -27,14 +27,21 @@ from lorakit.formats import folder
 from lorakit.inits import INITS
 from lorakit.maps import Applied, Base, Routed
 from lorakit.method import METHODS, Method, Origin, Wrapper, method_from_dict
+from lorakit.quantized import pack
 from lorakit.sites import Site, site_at
 from lorakit.spec import Spec, attach
+from lorakit.stores.scheme import scheme_of
 
 
 def _conv1d_of_transformers(o: int, i: int) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(o, i)
+
+
+def _packed(layer: nn.Module, scheme: str | dict) -> nn.Module:
+    pack(layer, scheme_of(scheme))
+    return layer
 
 
 class Itself(nn.Module):
@@ -82,6 +89,10 @@ LAYERS: dict[str, Build] = {
     "experts": (lambda: Experts(False), lambda d: torch.randn(5, 4, 12, dtype=d)),
     "experts-transposed": (lambda: Experts(True), lambda d: torch.randn(5, 4, 12, dtype=d)),
     "vector": (lambda: nn.LayerNorm(8), lambda d: torch.randn(5, 3, 8, dtype=d)),
+    "linear-nf4": (lambda: _packed(nn.Linear(12, 8), "nf4"), lambda d: torch.randn(5, 3, 12, dtype=d)),  # its blocks straddle rows
+    "hf-conv1d-int8": (lambda: _packed(_conv1d_of_transformers(8, 12), "int8"), lambda d: torch.randn(5, 3, 12, dtype=d)),
+    "embedding-int4": (lambda: _packed(nn.Embedding(20, 8, padding_idx=3), {"name": "int4", "group": 8}), lambda d: torch.arange(35).view(5, 7) % 16 + 4),
+    "conv2d-nf3": (lambda: _packed(nn.Conv2d(4, 8, 3, 2, 1, dilation=2), "nf3"), lambda d: torch.randn(5, 4, 11, 11, dtype=d)),
 }
 TARGET = {"attention-in": "layer.attn.in_proj_weight", "attention-out": "layer.attn.out_proj", "experts": "layer.w",
           "experts-transposed": "layer.w", "vector": "layer.weight"}  # parameters that are read, not called
@@ -224,8 +235,14 @@ def slot_of(model: nn.Module) -> host.Slot:
 
 
 def weight_of(model: nn.Module, c: Case) -> Tensor:
-    """The target's own parameter."""
-    return site_at(dict(model.named_modules()), c.path).store.take()
+    """The target's own weight."""
+    return site_at(dict(model.named_modules()), c.path).store.read()
+
+
+def kept_of(model: nn.Module, c: Case) -> dict[str, Tensor]:
+    """The very tensors that the target's weight is kept in."""
+    store = site_at(dict(model.named_modules()), c.path).store
+    return dict(store.tensors(store.take()))
 
 
 def bias_of(model: nn.Module, c: Case) -> Tensor | None:
@@ -288,18 +305,19 @@ def check_update_is_the_difference(c: Case) -> None:
 
 def check_merge(c: Case) -> None:
     model, x = c.make()
-    y, W, b = model(x), weight_of(model, c), bias_of(model, c)
-    W0 = W.detach().clone()
+    y, W, kept, b = model(x), weight_of(model, c), kept_of(model, c), bias_of(model, c)
+    was = {k: t.detach().clone() for k, t in kept.items()}
     api.merge(model)
     assert rel(model(x), y) < c.tol, "merged differs from live"
-    now = weight_of(model, c)
-    assert now is not W and torch.equal(W, W0), "merging must not write in place: the weight may be tied"
+    now, there = weight_of(model, c), kept_of(model, c)
+    assert all(t is not there.get(k) and torch.equal(t, was[k]) for k, t in kept.items()), "merging must not write in place: the weight may be tied"
     assert now.dtype == W.dtype and now.shape == W.shape
     api.unmerge(model)
-    assert weight_of(model, c) is W and torch.equal(W, W0) and bias_of(model, c) is b, "unmerge must be exact"
+    again = kept_of(model, c)
+    assert all(again[k] is t and torch.equal(t, was[k]) for k, t in kept.items()) and bias_of(model, c) is b, "unmerge must be exact"
     assert torch.equal(model(x), y)
-    plain = api.merged(model)
-    assert type(plain.layer) is type(c.base()[0].layer) and rel(plain(x), y) < c.tol
+    plain, raw = api.merged(model), c.base()[0].layer
+    assert type(plain.layer) is (c.site.store.plain or type(raw)) and rel(plain(x), y) < c.tol
     assert torch.equal(model(x), y), "merging a copy must leave the model alone"
 
 
@@ -377,7 +395,8 @@ def check_starts_keep_the_function(c: Case) -> None:
     for name, init in INITS.items():
         if init.collect or init.unfit(c.method) or "0" in "".join(c.method.leaves):
             continue
-        for storage in ("offset", "base") if init.nonzero else ("offset",):
+        rounds = c.site.store.packs  # what is taken out of it would be rounded
+        for storage in ("offset", "base") if init.nonzero and not rounds else ("offset",):
             spec = c.spec(init=name, storage=storage, dropout=0.5)
             model, _ = c.base()
             try:
@@ -442,8 +461,7 @@ def check_gradients(c: Case) -> None:
         got = holder.grad is not None and float(holder.grad.abs().sum()) > 0
         assert got == leaf.trains, f"leaf {k}: trains={leaf.trains}, gradient={'yes' if got else 'no'}"
         assert v.dtype == torch.promote_types(s.site.dtype, torch.float32), f"leaf {k} lives below float32"
-    W = weight_of(model, c)
-    assert W.grad is None and not W.requires_grad, "the base trains"
+    assert all(t.grad is None and not t.requires_grad for t in kept_of(model, c).values()), "the base trains"
 
 
 def check_gradients_are_the_slow_views(c: Case) -> None:
@@ -549,12 +567,13 @@ def check_keys_and_class(c: Case) -> None:
     keys = set(raw.state_dict())
     model, _ = c.make()
     assert keys <= set(model.state_dict()), "a base key changed its name"
-    W, mine = weight_of(model, c), slot_of(model)
-    assert isinstance(model.layer, type(raw.layer)) and any(W is p for p in model.parameters())
+    kept, mine = kept_of(model, c), slot_of(model)
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    assert isinstance(model.layer, type(raw.layer)) and all(id(t) in own for t in kept.values())
     assert all(n.startswith(mine.path.rpartition(".")[0]) for n, p in model.named_parameters() if p.requires_grad)
     layer = model.layer
     api.detach(model)
-    assert model.layer is layer and weight_of(model, c) is W and type(layer) is type(raw.layer)
+    assert model.layer is layer and all(kept_of(model, c)[k] is t for k, t in kept.items()) and type(layer) is type(raw.layer)
     assert set(model.state_dict()) == keys and not {"slot", "slots"} & set(vars(layer)) and all(p.requires_grad for p in model.parameters())
     assert [n for n, _ in model.named_modules()] == [n for n, _ in raw.named_modules()]
 

@@ -1,0 +1,112 @@
+"""Quantised bases: a model's layers packed by a scheme, and back.
+
+>>> import torch, lorakit
+>>> model = lorakit.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), "nf4", target_modules="0")
+>>> model[0].weight.shape, model[0].weight_codes.nbytes
+(torch.Size([64, 64]), 2048)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit import host
+from lorakit.errors import LorakitError
+from lorakit.sites import site_for
+from lorakit.stores.layer import PREFIX, PackedLayer, packed_class
+from lorakit.stores.scheme import Scheme, scheme_of
+from lorakit.targets import select
+
+__all__ = ["dequantize", "pack", "packed", "prepare", "quantize"]
+
+
+def _matrix(module: nn.Module, scheme: Scheme, path: str) -> tuple[tuple[int, int], bool]:
+    """Shape of the matrix that a layer's weight is packed as, rows along its inputs, and whether that is the transposed weight."""
+    where, site = path or type(module).__name__, site_for(module, path)
+    W = module._parameters.get("weight")
+    if W is None or not W.is_floating_point():
+        raise LorakitError(f"{where}: its weight is no ordinary parameter, so it cannot be quantised{' again' if isinstance(module, PackedLayer) else ''}")
+    turned = site.transposed and not site.lookup
+    shape = tuple(W.shape) if site.lookup else (site.out, site.in_)
+    try:
+        scheme.fits(*shape)
+    except LorakitError as e:
+        raise LorakitError(f"{where}: {e}") from None
+    return shape, turned
+
+
+def _finite(W: Tensor, path: str) -> None:
+    if not torch.isfinite(W).all():
+        raise LorakitError(f"{path}: the weight holds NaN or infinity, which cannot be quantised")
+
+
+def prepare(module: nn.Module, scheme: Scheme, path: str = "") -> None:
+    """Makes a layer one whose weight is packed, its parts on the meta device until they get values. LorakitError where the scheme cannot hold it."""
+    shape, turned = _matrix(module, scheme, path)
+    W = module._parameters.pop("weight")
+    host.change_class(module, packed_class(type(module)))
+    vars(module).update(scheme=scheme, shape=shape, raw=tuple(W.shape), turned=turned, compute=W.dtype, original=None)
+    for k, (size, dtype) in scheme.layout(*shape).items():
+        module.register_buffer(PREFIX + k, torch.empty(size, dtype=dtype, device="meta"))
+    vars(module)["site"] = site_for(module)
+
+
+@torch.no_grad()
+def pack(module: nn.Module, scheme: Scheme, path: str = "", keep: bool = False) -> None:
+    """Packs a layer's weight. keep: it stays at hand, on the CPU, for starts that want it. LorakitError for NaN, infinity, or what does not fit."""
+    W = module._parameters.get("weight")
+    if W is not None:
+        _finite(W, path or type(module).__name__)
+    prepare(module, scheme, path)
+    module.site.store.fill(W)
+    module.original = W.detach().cpu() if keep else None
+
+
+def quantize(model: nn.Module, scheme: str | Mapping[str, Any] | Scheme = "nf4", *, target_modules: str | Sequence[str] = "all-linear",
+             exclude_modules: str | Sequence[str] = (), keep: bool = False) -> nn.Module:
+    """Packs the weights of a model's layers (nf4, nf3, nf2, int8, int6, int4, int3, int2), in place; returns the same model.
+
+    Before adapters: `lorakit.quantize(model, "nf4")`, then `lorakit.adapt(model, …)` is QLoRA. Weights that are tied to another are left alone.
+    keep: the weights from before stay on the CPU, for starts made of them (init: loftq, lq-lora, pissa with storage: base, lqer).
+    Raises LorakitError, and changes nothing, for a layer that the scheme cannot hold.
+    """
+    plan, base = scheme_of(scheme), host.bare(model)
+    if host.find_state(base):
+        raise LorakitError("the model has adapters already; mend: lorakit.quantize(model, …) first, then lorakit.adapt or lorakit.load")
+    modules = dict(base.named_modules())
+    uses: dict[int, int] = {}
+    for _, p in base.named_parameters(remove_duplicate=False):
+        uses[id(p)] = uses.get(id(p), 0) + 1
+    paths = [p for p in select(base, target_modules, exclude_modules) if uses.get(id(modules[p]._parameters.get("weight")), 0) == 1]
+    if not paths:
+        raise LorakitError("quantize: no layer is left whose weight is its own and not quantised yet")
+    for p in paths:
+        _matrix(modules[p], plan, p)
+        _finite(modules[p]._parameters["weight"], p)
+    for p in paths:
+        pack(modules[p], plan, p, keep=keep)
+    return model
+
+
+def packed(model: nn.Module) -> dict[str, PackedLayer]:
+    """Path -> layer of what is packed in a model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLayer)}
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> nn.Module:
+    """Makes ordinary layers of the packed ones, with the numbers that they stand for; returns the same model."""
+    base = host.bare(model)
+    if host.find_state(base):
+        raise LorakitError("the model has adapters; mend: lorakit.merge(model), which thaws the layers it writes, or lorakit.detach(model) first")
+    for layer in packed(base).values():
+        store = layer.site.store
+        store.thaw(store.read())
+        host.change_class(layer, store.plain)
+        for k in ("scheme", "site", "shape", "raw", "turned", "compute", "original"):
+            vars(layer).pop(k)
+    return model
