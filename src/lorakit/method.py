@@ -32,6 +32,8 @@ class Origin:
     W: Thunk
     bias: Tensor | None = None
     lookup: bool = False  # the layer looks rows up (an embedding)
+    rounded: Callable[[Tensor], Tensor] | None = None  # (o, i) as a quantised base would keep it; None: the base is not quantised
+    known: bool = True  # W is the weight from before it was quantised
 
     def __call__(self) -> Tensor:
         return self.W()

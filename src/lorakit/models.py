@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,45 @@ def where(base: str | Path) -> str:
 
 
 def load_base(base: str | Path, task: str = "causal-lm", *, dtype: str | torch.dtype | None = None, revision: str | None = None,
-              trust_remote_code: bool = False, **config: Any) -> nn.Module:
-    """A transformers model for a task, in evaluation mode. Extra arguments go into its configuration (num_labels, …)."""
+              trust_remote_code: bool = False, quantize: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None, **config: Any) -> nn.Module:
+    """A transformers model for a task, in evaluation mode. Extra arguments go into its configuration (num_labels, …).
+
+    quantize: how the linear layers are packed while they are read, one after the other ("nf4", {name: int4, group: 32}, …, or
+    [{scheme, layers}, …]). What was saved packed is read as it is.
+    """
     import transformers
+
+    from lorakit.quantized import hub, packed  # hub registers how lorakit's packed checkpoints are read
 
     if task not in TASKS:
         raise LorakitError(f"unknown task `{task}`{near(task, TASKS)}")
     name = where(base)
+    if quantize is not None and (there := _quantized(name, revision)):
+        if isinstance(quantize, str | Mapping):
+            raise LorakitError(f"{name} is quantised already ({there}); mend: leave `quantize` out, or name the base from before")
+        quantize = None
+    if quantize is not None:
+        config["quantization_config"] = hub.Quantize(quantize) if isinstance(quantize, str | Mapping) else hub.Quantize(packed=quantize)
     try:
-        return getattr(transformers, TASKS[task]).from_pretrained(
+        model = getattr(transformers, TASKS[task]).from_pretrained(
             name, dtype=dtype_of(dtype), revision=revision, trust_remote_code=trust_remote_code, **config).eval()
     except (OSError, ValueError, KeyError) as e:
         raise LorakitError(f"could not load the base model {name} for {task}: {_first(e)}") from e
+    if quantize is not None:
+        for path, layer in packed(model).items():
+            layer.original = hub.OnDisk(name, path, revision)
+    return model
+
+
+def _quantized(name: str, revision: str | None) -> str | None:
+    """How a checkpoint is quantised, by its configuration."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    except (OSError, ValueError):
+        return None
+    return (config.get("quantization_config") or {}).get("quant_method")
 
 
 def load_tokenizer(base: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -44,6 +44,7 @@ from lorakit.methods.poly import Poly
 from lorakit.methods.prefix import Prefix
 from lorakit.methods.prompt import Prompt
 from lorakit.methods.ptuning import PTuning
+from lorakit.methods.qa_lora import QALoRA
 from lorakit.methods.sora import SoRA
 from lorakit.methods.sparse_lora import SparseLoRA
 from lorakit.methods.spectral import Spectral
@@ -122,6 +123,10 @@ RECIPES: dict[str, Recipe] = {
     "lora-xs": Recipe(LoRAXS(), "LoRA-XS", "2405.17604", "W + (alpha/r) B R A, A and B frozen singular vectors of W", aliases=("loraxs",)),
     "flora": Recipe(FLoRA(), "FLoRA", "2405.14739", "W + scale U Gᵀ Vᵀ, one factor more for each dimension of a kernel"),
     "melora": Recipe(MELoRA(), "MELoRA", "2402.17263", "W + (alpha/r) blockdiag(B_1 A_1, …, B_n A_n)"),
+    "qa-lora": Recipe(QALoRA(), "QA-LoRA", "2309.14717", "W + (alpha/r) B A P, P the mean over groups of inputs", aliases=("qalora",)),
+    "loftq": Recipe(LoRA(), "LoftQ", "2310.08659", "Q + s B A, made together: Q = q(W - L), L = SVD_r(W - Q)", "loftq"),
+    "lq-lora": Recipe(LoRA(), "LQ-LoRA", "2311.12023", "Q + s B A, made together: L = SVD_r(W - Q), Q = q(W - L)", "lq-lora"),
+    "lqer": Recipe(LoRA(), "LQER", "2402.02446", "q(W) + s B A, s B A = SVD_r(W - q(W))", "lqer"),
     "sparse-adapter": Recipe(SparseLoRA(keep=0.5), "SparseAdapter", "2210.04284", "W + s (B ∘ MB) (A ∘ MA), half of each factor left out"),
     "large-sparse": Recipe(SparseLoRA(32, 64.0, 0.25), "SparseAdapter, Large-Sparse", "2210.04284", "W + s (B ∘ MB) (A ∘ MA), a quarter of 4 times the rank"),
     "roselora": Recipe(SparseLoRA(alpha=32.0), "RoseLoRA", "2406.10777", "W + s (B ∘ MB) (A ∘ MA), sparse rows of A and columns of B"),

@@ -242,17 +242,17 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
         plan, found = _look(model, init, spec, plan, data)
     options, absorb = init.check(spec.init_options) if init else {}, False
     if init and init.nonzero and not empty:
-        absorb = spec.storage == "base"
+        storage = "base" if init.joint else "none" if init.mends else spec.storage
+        absorb = storage == "base"
         starts = {p for p, m in plan.items() if init.unfit(m) is None}
-        offset = {p: m.over_core(Offset) if p in starts and spec.storage != "none" else m for p, m in plan.items()}  # refuses what cannot be
+        offset = {p: m.over_core(Offset) if p in starts and storage != "none" else m for p, m in plan.items()}  # refuses what cannot be
         plan = plan if absorb else offset
     plan, ties = spec.tied(model, plan)
     if absorb and ties:
         raise LorakitError(f"a start taken out of the base would part {next(iter(ties))} from the weight it is tied to; mend: storage: offset")
 
     def start(path, core, p, origin, gen):
-        if init.unfit(core) is None:
-            init(core, p, origin, gen, found.get(path), **options)
+        return init(core, p, origin, gen, found.get(path), **options) if init.unfit(core) is None else None
 
     state = host.attach(model, name, plan, spec, dropout=spec.dropout, freeze=spec.freeze, start=start if init else None,
                         absorb=absorb, seed=spec.seed, empty=empty, ties=ties)

@@ -6,11 +6,11 @@ a module that reads parameters (attention, fused experts, any other) runs with t
 per model says which adapters are active; every slot points at it, so switching is one assignment and not a walk over modules.
 """
 
-from lorakit.host.adapters import absorb, attach, delete, detach, generator, give_back, merge, restart, tentative, unload, unmerge
+from lorakit.host.adapters import absorb, attach, delete, detach, generator, give_back, merge, restart, tentative, thaw, unload, unmerge
 from lorakit.host.hooked import change_class
 from lorakit.host.module import Host, Layer, Reader, bare, find_state, known, slots, slots_of, state_of, walk
 from lorakit.host.slot import Absorbed, Holder, Leaves, Slot, State
 
 __all__ = ["Absorbed", "Holder", "Host", "Layer", "Leaves", "Reader", "Slot", "State", "absorb", "attach", "bare", "change_class", "delete", "detach",
-           "find_state", "generator", "give_back", "known", "merge", "restart", "slots", "slots_of", "state_of", "tentative", "unload", "unmerge",
+           "find_state", "generator", "give_back", "known", "merge", "restart", "slots", "slots_of", "state_of", "tentative", "thaw", "unload", "unmerge",
            "walk"]

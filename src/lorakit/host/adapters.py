@@ -27,7 +27,7 @@ def generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(word[:7], "big"))
 
 
-StartFn = Callable[[str, Method, Params, Origin, torch.Generator], None]  # the first is the target's path
+StartFn = Callable[[str, Method, Params, Origin, torch.Generator], Tensor | None]  # the target's path …; what a quantised base is to keep of the weight
 
 
 def _device(site: Site) -> torch.device:
@@ -158,6 +158,12 @@ def _begin(slot: Slot, name: str, method: Method, mine: Params, start, absorb: b
         bias = None if site.bias is None else site.bias.to("cpu")
         return Origin(W, bias[n] if bias is not None and site.stack else bias, site.lookup)
 
+    def before(n: int) -> Origin:  # what a start of the weight is made of
+        if not site.store.packs:
+            return origin(n)
+        return Origin(lambda: _original(site), None, site.lookup, lambda M: site.view(site.store.rounded(site.unview(M.to(site.store.device)))).cpu(),
+                      site.store.original() is not None)
+
     many = range(site.stack[0] if site.stack else 1)
     shapes = method.shapes(site.out, site.in_, site.bias is not None)
     corner = {k: t.detach()[tuple(slice(n) for n in shapes[k])].to("cpu", torch.float32) for k, t in mine.items()} if not empty else {}
@@ -166,10 +172,13 @@ def _begin(slot: Slot, name: str, method: Method, mine: Params, start, absorb: b
         method.derive(p[n], origin(n))
     if empty:
         return _stacked(method, p, site)
-    for n in many if start else ():
-        start(method.core, p[n], origin(n), gen)
+    rest = [start(method.core, p[n], before(n), gen) for n in many] if start else []
     if absorb:
-        absorb_start(slot, name, method.core, _stacked(method, [{k: q[k].clone() for k in method.core.leaves if k in q} for q in p], site))
+        p0 = _stacked(method, [{k: q[k].clone() for k in method.core.leaves if k in q} for q in p], site)
+        if site.store.packs:
+            _repack(slot, name, method.core, p0, rest[0])
+        else:
+            absorb_start(slot, name, method.core, p0)
         whole.clear()
     for n in many:
         method.settle(p[n], origin(n))
@@ -178,6 +187,25 @@ def _begin(slot: Slot, name: str, method: Method, mine: Params, start, absorb: b
 
 def _stacked(method: Method, p: list[Params], site: Site) -> Params:
     return {k: torch.stack([q[k] for q in p]) if site.stack and not method.leaves[k].shared else p[0][k] for k in p[0]}
+
+
+def _original(site: Site) -> Tensor:
+    """The matrix from before it was quantised, where that is known; else what it stands for. float32, on the CPU."""
+    W = site.store.original()
+    return site.view(site.store.read() if W is None else W).to("cpu", torch.float32)
+
+
+@torch.no_grad()
+def _repack(slot: Slot, name: str, core: Method, p0: Params, rest: Tensor | None) -> None:
+    """base := the original matrix less what the start holds of it (or `rest`), quantised again. It stays so until the adapter goes."""
+    site = slot.site
+    if slot.repacked:
+        raise LorakitError(f"adapter `{slot.repacked[0]}` already changed this base; two such starts disagree about it. Mend: another start")
+    slot.repacked = name, site.store.take()
+    if rest is None:
+        W = _original(site)
+        rest = W - (core.weight(p0, W) - W)
+    site.store.write(site.unview(rest))
 
 
 @torch.no_grad()
@@ -245,6 +273,9 @@ def _strip(modules: Mapping[str, nn.Module], name: str, on: Mapping[str, Slot]) 
         if slot.absorbed and slot.absorbed.adapter == name:
             slot.site.store.put(slot.absorbed.kept)
             slot.absorbed = None
+        if slot.repacked and slot.repacked[0] == name:
+            slot.site.store.put(slot.repacked[1])
+            slot.repacked = None
         if not slot.methods:
             unhost(modules, place(modules, path))
 
@@ -295,10 +326,11 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, write: Callable[[Slot, Tensor], None] | None = None) -> None:
     """Writes the active adapters into the base weights (new weight objects; ties are left alone). `unmerge` undoes it to the bit.
 
-    Raises if a merged weight is not finite, or two adapters' order would matter; the model is then as before.
+    write: (slot, merged matrix), what to do with one; by default `thaw`. Raises if a merged weight is not finite, or two adapters' order would
+    matter; the model is then as before.
     """
     state = state_of(model)
     if state.merged is not None:
@@ -322,7 +354,7 @@ def merge(model: nn.Module) -> None:
                 raise LorakitError(f"{path}: the merged weight is not finite (NaN or infinity in the adapter?); nothing was merged")
             slot.kept = Unmerged(slot.site.store.take(), slot.site.bias, slot.site, type(slot.site.module))
             done.append(slot)
-            _thaw(slot, W)
+            (write or thaw)(slot, W)
             if bias is not slot.site.bias:
                 slot.site.put_bias(nn.Parameter(bias.detach().to(slot.site.dtype).clone(), requires_grad=False))
         for slot in done:
@@ -342,7 +374,7 @@ def _keep_tied(slot: Slot, done: Iterable[Slot]) -> None:
         slot.site.store.put(source.site.store.take())
 
 
-def _thaw(slot: Slot, W: Tensor) -> None:
+def thaw(slot: Slot, W: Tensor) -> None:
     """Writes a merged weight; a quantised one becomes an ordinary parameter, so that nothing of it is rounded away."""
     site, module, plain = slot.site, slot.site.module, slot.site.store.plain
     site.store.thaw(site.unview(W))
@@ -379,7 +411,7 @@ def unload(model: nn.Module) -> nn.Module:
         raise LorakitError("nothing is merged; mend: lorakit.merge(model) first, or lorakit.detach(model) to get the base back")
     modules = dict(model.named_modules())
     for slot in slots(model).values():
-        slot.kept = slot.absorbed = None
+        slot.kept = slot.absorbed = slot.repacked = None
     for name in list(state.specs):
         _strip(modules, name, slots(model, name))
     for n, p in model.named_parameters(remove_duplicate=False):

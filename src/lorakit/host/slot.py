@@ -90,6 +90,7 @@ class Slot:
         self.dropout: dict[str, float] = {}
         self.tied: dict[str, Slot] = {}  # adapter -> the slot whose very tensors it has here
         self.absorbed: Absorbed | None = None
+        self.repacked: tuple[str, object] | None = None  # the adapter whose start a quantised base makes room for, and the base before
         self.kept: Unmerged | None = None  # the base, while merged
 
     @property

@@ -2,6 +2,9 @@
 
     init(method, p, W, gen, *, found, …) -> None    p: the leaves, float32 on the CPU; W: thunk of the base weight (o, i)
 
+On a quantised base W gives the weight from before, where that is known, and W.rounded(M) a matrix as such a base would keep it; a start that is
+`joint` with the quantisation returns the matrix that the base is to keep.
+
 Keyword arguments with a default are the start's options; `found` is what `collect` gathered from data for this target.
 """
 
@@ -11,6 +14,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
+
+from torch import Tensor
 
 from lorakit.errors import LorakitError, near
 from lorakit.method import zeros
@@ -28,6 +33,8 @@ class Init:
     formula: str
     paper: str = ""
     nonzero: bool = False
+    joint: bool = False  # made together with how the base is quantised, which then keeps another matrix
+    mends: bool = False  # is there to change the function: it gives back what quantising lost
     aliases: tuple[str, ...] = ()
     collect: Callable | None = None  # (model, {path: (method, site)}, data, options) -> {path: what it found}, for starts that need data
     allot: Callable | None = None  # ({path: method}, found, options) -> {path: method, or None to leave the target alone}
@@ -58,8 +65,8 @@ class Init:
                 raise LorakitError(f"init {self.name}: {k} must be a number above 0, not {v!r}")
         return {k: given.get(k, o.default) for k, o in self.options.items()}
 
-    def __call__(self, method, p, W, gen, found=None, **options) -> None:
-        self.fn(method, p, W, gen, **({"found": found} if self.collect else {}), **options)
+    def __call__(self, method, p, W, gen, found=None, **options) -> Tensor | None:
+        return self.fn(method, p, W, gen, **({"found": found} if self.collect else {}), **options)
 
     def unfit(self, method) -> str | None:
         """Why this start means nothing for a method; None for those made of private factors A (r, i) and B (o, r), of which B starts at zero."""
@@ -90,7 +97,11 @@ from lorakit.inits import (  # noqa: E402
     gaussian,  # noqa: F401
     kaiming,  # noqa: F401
     kaiming_b,  # noqa: F401
+    l2qer,  # noqa: F401
+    loftq,  # noqa: F401
     lora_ga,  # noqa: F401
+    lq_lora,  # noqa: F401
+    lqer,  # noqa: F401
     milora,  # noqa: F401
     nonzero,  # noqa: F401
     olora,  # noqa: F401

@@ -33,6 +33,21 @@ def seen(p: Mapping[str, Tensor], M: Tensor, times: int = 1) -> Tensor:
     return M
 
 
+def unseen(W: Tensor, M: Tensor) -> Tensor:
+    """A matrix that the factors see, in the target's own shape."""
+    return M if M.shape == W.shape else M.mT
+
+
+def quantised(what: str, W) -> Tensor:
+    """The weight (o, i) from before it was quantised. LorakitError where it was not, or is not known."""
+    if W.rounded is None:
+        raise LorakitError(f"init {what} is for a quantised base, and this layer is not; mend: lorakit.quantize(model, …, keep=True), or base: {{quantize: …}}")
+    if not W.known:
+        raise LorakitError(f"init {what} needs the weight from before it was quantised, which is not known; mend: lorakit.quantize(model, …, keep=True), "
+                           "or lorakit.models.load_base(path, quantize=…)")
+    return W()
+
+
 def put_triplets(method, p: Mapping[str, Tensor], U: Tensor, S: Tensor, V: Tensor) -> None:
     """A = sqrt(S/s) V, B = U sqrt(S/s), so that s B A = U diag(S) V."""
     root = (S / strength(method)).sqrt()

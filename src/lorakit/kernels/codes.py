@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 WORDS = {2: (4, 8), 3: (4, 12), 4: (2, 8), 6: (2, 12), 8: (1, 8)}  # bits of a code -> codes in a word, bits of a word
 EVEN = 8  # a range that starts and ends at a multiple of so many codes is whole bytes for every width
@@ -61,20 +62,17 @@ def unpack(packed: Tensor, bits: int, start: int, stop: int) -> Tensor:
 
 def table(values: tuple[float, ...], bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What every word stands for, all its numbers in one item: (2^word bits,)."""
-    return _table(values, bits, dtype, device) if not torch.compiler.is_compiling() else _make(values, bits, dtype, device)
-
-
-def _make(values: tuple[float, ...], bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     per, wide = WORDS[bits]
     at = torch.arange(1 << wide)[:, None] >> torch.arange(per - 1, -1, -1) * bits & (1 << bits) - 1
     numbers = torch.tensor(values, dtype=torch.float32)[at].to(dtype)
     return numbers.view(_ITEMS[per * numbers.element_size()]).view(-1).to(device) if per > 1 else numbers.view(-1).to(device)
 
 
-_table = cache(_make)
+_table = cache(table)
 
 
 def look_up(packed: Tensor, values: tuple[float, ...], bits: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """The numbers that the codes start … stop - 1 stand for, (stop - start,)."""
-    items = torch.index_select(table(values, bits, dtype, packed.device), 0, words(packed, bits, start, stop))
+    tab = _table if type(packed) in (Tensor, Parameter) and not torch.compiler.is_compiling() else table  # nothing is kept of a trace
+    items = torch.index_select(tab(values, bits, dtype, packed.device), 0, words(packed, bits, start, stop))
     return items.view(dtype)[: stop - start]

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,10 +20,10 @@ from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.sites import site_for
 from lorakit.stores.layer import PREFIX, PackedLayer, packed_class
-from lorakit.stores.scheme import Scheme, scheme_of
+from lorakit.stores.scheme import Scheme, has_values, scheme_of
 from lorakit.targets import select
 
-__all__ = ["dequantize", "pack", "packed", "prepare", "quantize"]
+__all__ = ["dequantize", "described", "own_weights", "pack", "packed", "prepare", "quantize"]
 
 
 def _matrix(module: nn.Module, scheme: Scheme, path: str) -> tuple[tuple[int, int], bool]:
@@ -40,7 +42,7 @@ def _matrix(module: nn.Module, scheme: Scheme, path: str) -> tuple[tuple[int, in
 
 
 def _finite(W: Tensor, path: str) -> None:
-    if not torch.isfinite(W).all():
+    if has_values(W) and not torch.isfinite(W).all():
         raise LorakitError(f"{path}: the weight holds NaN or infinity, which cannot be quantised")
 
 
@@ -77,11 +79,7 @@ def quantize(model: nn.Module, scheme: str | Mapping[str, Any] | Scheme = "nf4",
     plan, base = scheme_of(scheme), host.bare(model)
     if host.find_state(base):
         raise LorakitError("the model has adapters already; mend: lorakit.quantize(model, …) first, then lorakit.adapt or lorakit.load")
-    modules = dict(base.named_modules())
-    uses: dict[int, int] = {}
-    for _, p in base.named_parameters(remove_duplicate=False):
-        uses[id(p)] = uses.get(id(p), 0) + 1
-    paths = [p for p in select(base, target_modules, exclude_modules) if uses.get(id(modules[p]._parameters.get("weight")), 0) == 1]
+    modules, paths = dict(base.named_modules()), own_weights(base, select(base, target_modules, exclude_modules))
     if not paths:
         raise LorakitError("quantize: no layer is left whose weight is its own and not quantised yet")
     for p in paths:
@@ -89,12 +87,35 @@ def quantize(model: nn.Module, scheme: str | Mapping[str, Any] | Scheme = "nf4",
         _finite(modules[p]._parameters["weight"], p)
     for p in paths:
         pack(modules[p], plan, p, keep=keep)
+    _note(base)
     return model
+
+
+def own_weights(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Those of these layers whose weight is an ordinary parameter that nothing else in the model uses."""
+    modules, uses = dict(model.named_modules()), Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [p for p in paths if uses[id(modules[p]._parameters.get("weight"))] == 1]
+
+
+def _note(model: nn.Module) -> None:
+    """Where it is a model of transformers, its configuration says what is packed."""
+    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
+        from lorakit.quantized.hub import note
+
+        note(model)
 
 
 def packed(model: nn.Module) -> dict[str, PackedLayer]:
     """Path -> layer of what is packed in a model."""
     return {n: m for n, m in model.named_modules() if isinstance(m, PackedLayer)}
+
+
+def described(model: nn.Module) -> list[dict[str, Any]]:
+    """What is packed in a model, by scheme, as a file says it."""
+    by: dict[str, list[str]] = {}
+    for path, layer in packed(model).items():
+        by.setdefault(json.dumps(layer.scheme.to_dict(), sort_keys=True), []).append(path)
+    return [{"scheme": json.loads(k), "layers": v} for k, v in by.items()]
 
 
 @torch.no_grad()
@@ -109,4 +130,5 @@ def dequantize(model: nn.Module) -> nn.Module:
         host.change_class(layer, store.plain)
         for k in ("scheme", "site", "shape", "raw", "turned", "compute", "original"):
             vars(layer).pop(k)
+    _note(base)
     return model

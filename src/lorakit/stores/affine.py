@@ -89,6 +89,16 @@ class Affine(Scheme):
             flat = flat.sub_(zero[span, None])
         return flat.mul_(scale[span, None]).view(-1).to(dtype)
 
+    def shifted(self, parts, delta, shape, slack):
+        if self.symmetric:
+            return super().shifted(parts, delta, shape, slack)
+        groups = delta.float().reshape(shape[0], -1, self.width(shape[1]))
+        mean = groups.mean(2)
+        if float((groups - mean[..., None]).norm()) > slack:
+            raise LorakitError(f"the update is not constant over the base's groups of {self.width(shape[1])}, so zero points cannot hold it; mend: qa-lora "
+                               "with a group that is a multiple of it, or another route")
+        return parts | {"zero": parts["zero"] - mean / parts["scale"]}
+
     def rows(self, parts, at, shape, dtype):
         n, m = shape
         if self.bits in (3, 6) or m * self.bits % 64:

@@ -54,6 +54,14 @@ class Store(ABC):
         """Puts an ordinary parameter in the place of a quantised weight; who calls it gives the layer the class `plain`."""
         self.write(W)
 
+    def rounded(self, W: Tensor) -> Tensor:
+        """A weight as it reads after `write`, at least float32."""
+        return W.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
+
+    def original(self) -> Tensor | None:
+        """The weight from before it was quantised; None where that is not known."""
+        return None
+
     @abstractmethod
     def tensors(self, kept: object) -> dict[str, Tensor]:
         """What `take` gave, by the names that the layer knows it by."""

@@ -5,13 +5,14 @@ No dense copy outlives a product: the backward pass makes the matrix again.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.stores.dense import Store
 from lorakit.stores.layer import PREFIX, PackedLayer
 from lorakit.stores.product import Product
 from lorakit.stores.saved import made
-from lorakit.stores.scheme import Parts
+from lorakit.stores.scheme import Parts, has_values
 
 
 class Packed(Store):
@@ -61,10 +62,30 @@ class Packed(Store):
         self.fill(W.to(self.device))
 
     def fill(self, W: Tensor) -> None:
-        """Packs a weight, on the device where it is."""
+        """Packs a weight, on the device where it is; one without values gives parts without."""
+        m = self.module
+        if has_values(W):
+            parts = m.scheme.parts((W.mT if m.turned else W).reshape(m.shape))
+        else:
+            parts = {k: W.new_empty(size, dtype=dtype) for k, (size, dtype) in m.scheme.layout(*m.shape).items()}
+        m._buffers.update({PREFIX + k: part for k, part in parts.items()})
+
+    def shift(self, delta: Tensor) -> None:
+        """Adds a matrix (o, i) that is constant over the groups to their zero points. LorakitError where it is not, or there are none."""
+        m = self.module
+        delta = delta.mT if m.site.lookup else delta
+        slack = 1e-5 * float(delta.norm()) + 1e-6 * float(self.read(torch.float32).norm())
+        m._buffers.update({PREFIX + k: part for k, part in m.scheme.shifted(self.parts, delta, m.shape, slack).items()})
+
+    def rounded(self, W):
         m = self.module
         M = (W.mT if m.turned else W).reshape(m.shape)
-        m._buffers.update({PREFIX + k: part for k, part in m.scheme.parts(M).items()})
+        M = m.scheme.matrix(m.scheme.parts(M), *m.shape, torch.float32)
+        return M.mT if m.turned else M.view(m.raw)
+
+    def original(self):
+        kept = self.module.original
+        return kept if kept is None or isinstance(kept, Tensor) else kept()
 
     def take(self):
         return {k: b for k, b in self.module._buffers.items() if k.startswith(PREFIX)}

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lorakit.errors import LorakitError, near
 
@@ -73,6 +74,10 @@ class Scheme(ABC):
             out[a:b] = self.numbers(parts, a, b, (n, m), dtype)
         return out.view(n, m)
 
+    def shifted(self, parts: Parts, delta: Tensor, shape: tuple[int, int], slack: float) -> Parts:
+        """The parts of M + delta, but for rounding (`slack`, a norm). LorakitError where this scheme cannot say it."""
+        raise LorakitError(f"{self.name} has no zero points, so an update cannot go into them; mend: a base of whole numbers (int4, …), or another route")
+
     def rows(self, parts: Parts, at: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
         """The rows `at` of the matrix, or None where they are no whole bytes and blocks."""
         return None
@@ -121,6 +126,11 @@ def scheme_of(given: str | Mapping[str, Any] | Scheme) -> Scheme:
         if k not in known:
             raise LorakitError(f"quantize: {name or kind} has no option `{k}`{near(k, known)}")
     return cls(**options) if kind is not None else SCHEMES[name](**options)
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether a tensor is more than a shape: not on the meta device, and none that stands for another while a plan is made."""
+    return t.device.type != "meta" and not isinstance(t, FakeTensor)
 
 
 def checked(M: Tensor, what: str) -> Tensor:

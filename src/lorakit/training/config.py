@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lorakit.errors import LorakitError, near
 from lorakit.recipes import compose
 from lorakit.spec import Spec
+from lorakit.stores.scheme import scheme_of
 
 
 class Part(BaseModel):
@@ -25,6 +26,9 @@ class Base(Part):
     revision: str | None = Field(None, description="commit or branch on the hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="how the base is kept in memory; `auto`: as on disk")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    quantize: str | dict[str, Any] | None = Field(None, description="how the linear layers are kept: nf4, nf3, nf2, int8, int6, int4, int3, int2, or "
+                                                  "{name: nf4, block: 64, double_quant: true}; nf4 with an adapter is QLoRA")
+
 
 
 class Data(Part):
@@ -172,6 +176,8 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> Run:
     except ValidationError as e:
         raise LorakitError(_explain(e, where)) from None
     run.spec()  # the adapter's options are checked where they are defined
+    if run.base.quantize is not None:
+        scheme_of(run.base.quantize)
     return run
 
 

@@ -30,10 +30,10 @@ from lorakit.formats.folder import Folder
 from lorakit.formats.receipt import modules_table, versions
 from lorakit.hooks.base import build
 from lorakit.inits import INITS
-from lorakit.models import load_base
 from lorakit.proof import load_base_for, verify
 from lorakit.spec import Spec
 from lorakit.training import data as d
+from lorakit.training.base import bare
 from lorakit.training.bridge import AdapterTrainer
 from lorakit.training.config import Run
 from lorakit.training.measure import evaluate, samples
@@ -47,10 +47,7 @@ Say = Callable[[str], None]
 def build_model(p: Prepared, say: Say = print) -> nn.Module:
     """The base with the run's adapter on it, continuing from a saved one where the run says so."""
     run = p.run
-    extra = {"num_labels": len(p.labels), "id2label": dict(enumerate(p.labels)), "label2id": {v: k for k, v in enumerate(p.labels)},
-             "pad_token_id": p.tokenizer.pad_token_id} if p.labels else {}
-    torch.manual_seed(run.train.seed)  # a classification head is made here
-    model = load_base(run.base.path, p.task, dtype=run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code, **extra)
+    model = bare(p)
     spec = run.spec()
     if run.from_adapter is None:
         return api.adapt(model, spec, data=_looked_at(p, spec))
