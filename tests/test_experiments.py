@@ -18,7 +18,7 @@ import yaml
 from lorakit.errors import LorakitError
 from lorakit.experiments import compare as e
 from lorakit.experiments import config as s
-from lorakit.experiments import locks, measure, table, work
+from lorakit.experiments import locks, measure, rates, table, work
 from lorakit.training import config as c_
 from lorakit.training import run as r_
 from lorakit.training.prepare import prepare
@@ -566,7 +566,7 @@ def test_the_choice_of_a_learning_rate():
         return {"status": status, "error": "boom", "metrics": {"after": {"accuracy": value, "eval_loss": loss}}, "train_seconds": 2.0}
 
     def told(some, higher=True):
-        one = e.choose("a", some, "accuracy", higher)
+        one = rates.choose("a", some, "accuracy", higher)
         return one["rate"], one["edge"]
 
     assert told({1.0: result(0.5), 2.0: result(0.7), 3.0: result(0.6)}) == (2.0, False)
@@ -574,7 +574,7 @@ def test_the_choice_of_a_learning_rate():
     assert told({1.0: result(0.5), 2.0: result(0.7), 3.0: result(0.9)}, higher=False) == (1.0, True)
     assert told({1.0: result(0.7, 0.9), 2.0: result(0.7, 0.5), 3.0: result(0.7, 0.5)}) == (2.0, False), "equal: the lower loss, then the lower rate"
     assert told({1.0: result(0.2), 2.0: result(math.nan), 3.0: result(0.9, status="failed")}) == (1.0, True), "what diverged or failed is not chosen"
-    none = e.choose("a", {1.0: result(math.nan), 2.0: result(0.9, status="failed")}, "accuracy", True)
+    none = rates.choose("a", {1.0: result(math.nan), 2.0: result(0.9, status="failed")}, "accuracy", True)
     assert none["rate"] is None and none["errors"] == {"2": "boom"} and none["seconds"] == 4.0
 
 

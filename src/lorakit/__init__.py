@@ -11,6 +11,7 @@ from lorakit.api import (
     active,
     adapt,
     adapters,
+    convert,
     delete,
     detach,
     disabled,
@@ -19,6 +20,7 @@ from lorakit.api import (
     load,
     merge,
     merged,
+    mix,
     rows,
     save,
     save_merged,
@@ -28,7 +30,8 @@ from lorakit.api import (
 )
 from lorakit.errors import LorakitError
 from lorakit.proof import verify
+from lorakit.quantized import dequantize, quantize
 
 __version__ = "0.1.0"
-__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "delete", "detach", "disabled", "freeze", "given", "load", "merge", "merged",
-           "rows", "save", "save_merged", "shrink", "trainable", "unmerge", "verify"]
+__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "convert", "delete", "dequantize", "detach", "disabled", "freeze", "given",
+           "load", "merge", "merged", "mix", "quantize", "rows", "save", "save_merged", "shrink", "trainable", "unmerge", "verify"]

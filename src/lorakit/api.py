@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,20 @@ from torch import nn
 from lorakit import host
 from lorakit.errors import LorakitError, near
 from lorakit.formats import folder
+from lorakit.formats.base import opened
+from lorakit.formats.convert import Conversion
+from lorakit.formats.convert import convert as convert_
 from lorakit.formats.files import new_folder
+from lorakit.formats.receipt import probe as logits_of
+from lorakit.merges.mix import Mixed, Stats, mix_on
+from lorakit.merges.mix import mix as mix_
+from lorakit.merges.routes import route as by_route
 from lorakit.merges.shrink import shrink as shrink_
 from lorakit.method import Method
-from lorakit.models import load_base, task_of
-from lorakit.proof import check_probe, check_saved, same_function
+from lorakit.models import load_base, load_tokenizer, task_of
+from lorakit.proof import check_probe, check_saved, load_base_for, same_function
+from lorakit.quantized import note, packed, quantize
+from lorakit.quantized.bits import allot
 from lorakit.recipes import compose
 from lorakit.spec import Spec, attach
 from lorakit.stores.shards import GROWS, WRITES, scattered, sharded
@@ -155,9 +168,12 @@ def delete(model: nn.Module, name: str) -> nn.Module:
 detach = host.detach
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Writes the active adapters into the base weights, in place; `unmerge` undoes it to the bit."""
-    host.merge(model)
+def merge(model: nn.Module, route: str = "dequantized", **options: Any) -> nn.Module:
+    """Writes the active adapters into the base weights, in place; `unmerge` undoes it to the bit (but for route residual).
+
+    route: what becomes of a quantised base (`lorakit.merges.routes`): dequantized, requantize (least, force), exact, residual (error).
+    """
+    by_route(route)(host.bare(model), **options)
     return model
 
 
@@ -167,15 +183,17 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def merged(model: nn.Module) -> nn.Module:
-    """A new, plain model with the active adapters merged in; the given one is not touched."""
+def merged(model: nn.Module, route: str = "dequantized", **options: Any) -> nn.Module:
+    """A new model without adapters, the active ones merged in (route residual: with one more, `residual`); the given one is not touched."""
     base = host.bare(model)
     if sharded(base):
         raise LorakitError(WRITES)
     new = copy.deepcopy(base)
-    host.merge(new)
-    host.unload(new)
+    by_route(route)(new, **options)
+    if host.find_state(new) and host.state_of(new).merged is not None:
+        host.unload(new)
     untie(new)
+    note(new)
     return new
 
 
@@ -195,10 +213,32 @@ def shrink(model: nn.Module, name: str, rank: int, new_name: str) -> dict[str, f
     return shrink_(host.bare(model), name, rank, new_name)
 
 
+def mix(adapters: Sequence[str | Path], output: str | Path, rule: str = "linear", *, weights: Sequence[float] | None = None, rank: int | None = None,
+        base: str | Path | nn.Module | None = None, model: nn.Module | None = None, stats: Sequence[Stats] | None = None, seed: int = 0,
+        check_base: bool = True, **options: Any) -> Mixed:
+    """Makes one plain LoRA of several adapters: ΔW = rule(ΔW_1 … ΔW_n), target by target (`lorakit.merges.ROWS` has the rules).
+
+    adapters: saved adapters, and `output` the folder to write; or, with `model`, names of adapters on it, and `output` the new one's name
+    (beside them, not active). Ranks, scales, targets and methods may differ; a target that an adapter lacks is a zero update of it.
+    weights: one for each adapter, negative ones take away; default 1. rank: of the result; by default the sum of the ranks
+    where the rule stays in the factors (exact), else the largest of the sources', and the error is said. base: the base model, or where
+    it is: needed only where an update depends on the weight, and then the result is verified on it. stats: for rules that need them
+    (`lorakit.merges.stats`), of each adapter. options: the rule's own. seed: of what a rule draws. Raises LorakitError and writes nothing,
+    or all of it, read back.
+    """
+    if isinstance(adapters, str | Path):
+        raise LorakitError("mix: give a list of adapters")
+    if model is not None:
+        return mix_on(host.bare(model), [str(a) for a in adapters], str(output), rule, weights, rank, seed, stats, options)
+    if base is not None and not isinstance(base, nn.Module):
+        base = load_base_for(folder.Folder(adapters[0]), base)
+    return mix_(adapters, output, rule, weights, rank, None if base is None else host.bare(base), seed, stats, check_base, options)
+
+
 def trainable(model: nn.Module) -> tuple[int, int]:
     """(numbers that train, all numbers of the base and the adapters), tied and shared ones once."""
-    every = list(model.parameters())
-    return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+    every, kept = list(model.parameters()), sum(math.prod(layer.shape) for layer in packed(model).values())
+    return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every) + kept
 
 
 # Files
@@ -221,7 +261,8 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, trainable
          probe: bool = False) -> nn.Module:
     """Puts a saved adapter on the model and makes it the active one; returns the same model.
 
-    Every tensor must find its place and every place its tensor; with a receipt the base's fingerprint must match
+    path: an adapter folder, or an adapter in another known format (kohya, GGUF, MLX), which is told by what it holds. Every tensor
+    must find its place and every place its tensor; with a receipt the base's fingerprint must match
     (`check_base`), and with `probe` the logits must be those of the day it was saved. Raises LorakitError otherwise and
     leaves the model as it was. trainable: the leaves train again; the default is inference.
     """
@@ -229,18 +270,23 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, trainable
     if trainable and sharded(base):
         raise LorakitError(GROWS.format("load"))
     with host.tentative(base, name):
-        read = folder.load(base, path, name, check_base)
+        read = folder.load(base, opened(path, base), name, check_base)
+        for said in read.notes:
+            warnings.warn(f"{path}: {said}", stacklevel=2)
         if probe and read.receipt:
             check_probe(base, name, read)
     return model if trainable else freeze(model, name)
 
 
-def save_merged(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Path:
+def save_merged(model: nn.Module, path: str | Path, tokenizer: Any = None, route: str = "dequantized", **options: Any) -> Path:
     """Merges the active adapters into a copy of the model, saves it as a transformers folder, reads it back and checks it.
 
-    The folder appears whole under its name or not at all. Raises LorakitError if what is on disk is not base + adapter.
+    The folder appears whole under its name or not at all. Raises LorakitError if what is on disk is not base + adapter. route: as for `merge`.
     """
-    path, new = Path(path), merged(model)
+    path, new = Path(path), merged(model, route, **options)
+    if host.find_state(new):
+        raise LorakitError("route residual leaves an adapter beside the base, which one folder does not hold; mend: lorakit.merge(model, 'residual'), then "
+                           "save the base (model.save_pretrained) and the adapter (lorakit.save)")
     if not hasattr(new, "save_pretrained"):
         raise LorakitError(f"{type(new).__name__} has no save_pretrained; mend: lorakit.merged(model) and save its state dict yourself")
     with new_folder(path) as tmp:
@@ -252,3 +298,60 @@ def save_merged(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Pa
     return path
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """What became of a model: scheme -> layers, bits a quantised weight, how many of these, bytes before and after, relative errors."""
+
+    layers: Mapping[str, int]
+    bits: float
+    numbers: int
+    before: int
+    after: int
+    error: float
+    logits: float | None
+
+
+@torch.no_grad()
+def save_quantized(base: str | Path, output: str | Path, scheme: str | Mapping[str, Any] = "nf4", *, bits: float | None = None, dtype: str = "auto",
+                   task: str = "causal-lm") -> Quantized:
+    """Loads a base, quantises it, saves it with its tokenizer, reads it back and compares. The folder appears whole or not at all."""
+    model = load_base(base, task, dtype=dtype)
+    before, plain = _bytes(model), logits_of(model)
+    quantize(model, scheme if bits is None else allot(model, bits), keep=True)
+    layers = packed(model)
+    gap = sum(float((m.site.store.read(torch.float32) - m.original.float()).double().square().sum()) for m in layers.values())
+    size = sum(float(m.original.double().square().sum()) for m in layers.values())
+    numbers = sum(m.shape[0] * m.shape[1] for m in layers.values())
+    kept = sum(m.scheme.bytes(*m.shape) for m in layers.values())
+    now = logits_of(model)
+    with new_folder(Path(output)) as tmp:
+        model.save_pretrained(tmp)
+        with suppress(LorakitError):
+            load_tokenizer(base).save_pretrained(tmp)
+        same_function(model, load_base(tmp, task, dtype=dtype), f"the quantised model written to {output}")
+    moved = None if plain is None else float((now - plain).norm() / plain.norm())
+    return Quantized(Counter(m.scheme.name for m in layers.values()), 8 * kept / numbers, numbers, before, _bytes(model), (gap / size) ** 0.5, moved)
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def convert(src: str | Path, dst: str | Path, to: str, base: str | Path | nn.Module | None = None, *, rank: int | None = None, check_base: bool = True,
+            **options: Any) -> Conversion:
+    """Writes a saved adapter, in whatever known format, to `dst` in another: peft, kohya, gguf, mlx, or vllm (a PEFT folder that vLLM takes).
+
+    base: the base model, or where to load it from; where one is needed (kohya and GGUF are read beside it, GGUF is written beside it, methods
+    are turned on it) and none is given, the one that the source names is taken. Where there is one, logits are compared, too. rank: turns every
+    target into a plain LoRA of at most this rank, the nearest (its error is said); otherwise a method that the format cannot hold is turned where
+    that is exact, or refused. options: prefix (kohya: lora_unet, lora_te, …). What is written is read again and compared before it appears
+    under its name; it is there whole, or not at all. Raises LorakitError.
+    """
+    def at_hand(needed: bool) -> nn.Module | None:
+        if isinstance(base, nn.Module):
+            return host.bare(base)
+        if folder.Folder.there(Path(src)):
+            return load_base_for(folder.Folder(src), base) if needed or base is not None else None
+        return None if base is None else load_base(base)
+
+    return convert_(src, dst, to, at_hand, rank=rank, check_base=check_base, **options)

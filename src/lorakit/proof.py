@@ -18,7 +18,7 @@ from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.formats import lineage, peft
 from lorakit.formats.folder import Folder, load
-from lorakit.formats.receipt import compare_bases, fingerprint, modules_table, probe
+from lorakit.formats.receipt import compare_bases, dtype_of, fingerprint, modules_table, probe, tolerance
 from lorakit.models import load_base, task_of
 from lorakit.sites import place, site_at
 
@@ -58,13 +58,6 @@ class Report:
         unsure = sum(p.ok is None for p in self.points)
         tail = f" ({unsure} point{'s' * (unsure > 1)} could not be checked)" if unsure and self.ok else ""
         return "\n".join([*map(str, self.points), ("PASS" if self.ok else "FAIL") + tail])
-
-
-def tolerance(logits: Tensor, *where: nn.Module | str) -> float:
-    """How far logits may differ by rounding alone (another machine, another order of sums), absolutely, for the coarsest of the dtypes."""
-    dtypes = [w if isinstance(w, str) else str(next(w.parameters()).dtype).removeprefix("torch.") for w in where]
-    eps = max({"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}.get(d, 1e-4) for d in dtypes)
-    return eps * max(1.0, float(logits.abs().max()))
 
 
 def verify(path: str | Path, base: str | Path | nn.Module | None = None, merged: str | Path | nn.Module | None = None) -> Report:
@@ -114,7 +107,9 @@ def load_base_for(folder: Folder, base: str | Path | None = None, dtype: str | N
         raise LorakitError("the adapter does not say which base it belongs to; mend: give --base")
     receipt = folder.receipt or {}
     info = receipt.get("base", {})
-    dtype = dtype or next((t["dtype"] for t in info.get("tensors", {}).values()), None)
+    dtype = dtype or dtype_of(info)
+    if info.get("packed") and "quantize" not in options:
+        options["quantize"] = info["packed"]
     if folder.config.get("task_type") == "SEQ_CLS":
         rows = [folder.tensors[f"{peft.PREFIX}{p}.weight"].shape[0] for p, m in folder.methods.items() if m.replaces]
         options |= {"num_labels": rows[-1]} if rows else {}
@@ -213,7 +208,7 @@ def _same_logits(was: Mapping[str, Any], now: Tensor, folder: Folder, model: nn.
     if list(now.shape) != was["shape"]:
         return False, float("inf")
     gap = float((now.reshape(-1)[torch.tensor(was["at"])] - torch.tensor(was["logits"])).abs().max())
-    dtype = next((t["dtype"] for t in folder.receipt["base"]["tensors"].values()), "float32")
+    dtype = dtype_of(folder.receipt["base"]) or "float32"
     return gap <= tolerance(now, dtype, model), gap
 
 
@@ -233,7 +228,7 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
         out.add("merged", False, str(e))
         return
     modules = dict(other.named_modules())
-    worst, where, stale = 0.0, "", []
+    worst, where, stale, kept = 0.0, "", [], {}
     for path, slot in host.slots(model, name).items():
         if place(modules, path) is None:
             out.add("merged", False, f"the merged model has no module {path}")
@@ -244,6 +239,9 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
         if have.shape != want.shape:
             out.add("merged", False, f"{path}: shape {list(have.shape)}, should be {list(want.shape)}")
             return
+        if there.store.packs:
+            kept[path] = float(((have - W) * (want - W)).sum() / (want - W).square().sum().clamp_min(1e-30))
+            continue
         step = torch.finfo(there.dtype).eps * float(want.norm())
         gap, moved = float((have - want).norm()), float((want - W).norm())
         if moved > 2 * step and float((have - W).norm()) < 0.05 * moved:
@@ -252,8 +250,11 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
             worst, where = gap, path
     if stale:
         out.add("merged weights", False, f"{len(stale)} modules still hold the BASE's weight, e.g. {stale[0]}: the merge wrote the base back")
-    else:
+    elif len(kept) < len(host.slots(model, name)):
         out.add("merged weights", not where, f"{where}: differs from base + adapter by {worst:.4g}" if where else "equal base + adapter in every module")
+    if kept:
+        low = min(kept, key=kept.__getitem__)
+        out.add("merged into a quantised base", kept[low] >= 0.9, f"{len(kept)} modules keep {kept[low]:.1%} of the update or more ({low}), by rounding")
     a, b, base = _logits(model, name), probe(other), _logits(model, None)
     if a is None or b is None:
         out.add("merged logits", None, "no probe inputs are known for this kind of model")
@@ -261,7 +262,7 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
     limit = tolerance(a, model, other)
     gap, moved = float((a - b).abs().max()), float((a - base).abs().max())
     hint = "; they equal the BASE's" if float((b - base).abs().max()) < 0.05 * moved else ""
-    out.add("merged logits", gap <= limit and not hint,
+    out.add("merged logits", None if kept and gap < moved else gap <= limit and not hint,
             f"differ from base + adapter by {gap:.3g}{hint}, allowed {limit:.3g}; the adapter moves them by {moved:.3g}")
 
 

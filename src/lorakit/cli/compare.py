@@ -66,7 +66,7 @@ def compare(
 
     c = settings.read(config)
     if dry_run:
-        todo = e.plan(c, c.trials, again) if not c.tuning else [(t, {}, True) for t in c.trials]
+        todo = e.plan(c.trials, again) if not c.tuning else [(t, {}, True) for t in c.trials]
         for name in c.cells:
             mine = [(t, run) for t, _, run in todo if t.cell == name]
             seeds = ", ".join(str(t.seed) + ("" if run else " (finished)") for t, run in mine)

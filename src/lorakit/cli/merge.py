@@ -2,6 +2,7 @@
 
     lorakit merge runs/a/adapter -o merged
     lorakit merge runs/a/adapter -o merged --dtype bfloat16
+    lorakit merge runs/qlora/adapter -o merged --route requantize
 
 The folder appears whole or not at all; it is read back from disk and verified before the verb ends. Where an adapted
 embedding was tied to the head, the two part, and the configuration says so.
@@ -23,6 +24,8 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder of the merged model")],
     base: Annotated[str | None, typer.Option(help="base model; default: the one the adapter names")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    route: Annotated[str, typer.Option(help="what becomes of a quantised base: dequantized, requantize or exact")] = "dequantized",
+    force: Annotated[bool, typer.Option("--force", help="requantize though rounding loses most of the adapter")] = False,
 ) -> None:
     """Write the adapter into the base's weights, save the model, read it back, and verify that it is base + adapter."""
     quiet()
@@ -39,9 +42,9 @@ def merge(
         tokenizer = load_tokenizer(name)
     except LorakitError:
         tokenizer = None
-    api.save_merged(model, output, tokenizer)
+    api.save_merged(model, output, tokenizer, route, **({"force": True} if force else {}))
     report = check(adapter, name, output)
     out.print(str(report), markup=False)
-    if not report.ok:
+    if not report.ok and not force:
         raise LorakitError(f"the merged model in {output} did not verify")
     out.print(f"merged model: {output}", markup=False)

@@ -116,6 +116,18 @@ def _over(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
+def frame(sx: Scale, sy: Scale, inside: Box, x_name: str, y_name: str, higher: bool) -> list[str]:
+    """Grid, ticks and names of a plot."""
+    left, top, right, bottom = inside
+    out = [f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:g}" y2="{bottom:g}"/><text x="{x:.1f}" y="{bottom + 17:g}" '
+           f'text-anchor="middle">{esc(word)}</text>' for x, word in sx.ticks(6)]
+    out += [f'<line class="grid" x1="{left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/><text x="{left - 8:g}" y="{y + 4:.1f}" '
+            f'text-anchor="end">{esc(word)}</text>' for y, word in sy.ticks()]
+    out.append(f'<text class="name" x="{right:g}" y="{bottom + 38:g}" text-anchor="end">{esc(x_name)}{" (logarithmic)" * sx.log} →</text>')
+    out.append(f'<text class="name" x="{left:g}" y="{top - 4:g}">{esc(y_name)}{" (logarithmic)" * sy.log}, {"higher" if higher else "lower"} is better</text>')
+    return out
+
+
 def scatter(points: Sequence[dict[str, Any]], front: Sequence[str], higher: bool, x_name: str, x_unit: str, y_name: str, key: str) -> str:
     """`points`: {name, x, y, half}. The front is drawn as steps; its points are full, the others hollow."""
     wide, high, left, bottom, top, right = 620.0, 380.0, 62.0, 46.0, 16.0, 14.0
@@ -124,14 +136,7 @@ def scatter(points: Sequence[dict[str, Any]], front: Sequence[str], higher: bool
     sy = Scale([v for p in shown for v in (p["y"] - (p["half"] or 0), p["y"] + (p["half"] or 0)) if v > 0 or p["y"] <= 0], high - bottom, top)
     out = [f'<svg class="plot" viewBox="0 0 {wide:g} {high:g}" role="img" aria-labelledby="{key}-t {key}-d"><title id="{key}-t">{esc(y_name)} against '
            f'{esc(x_name)}</title><desc id="{key}-d">{len(shown)} configurations. On the Pareto front: {esc(", ".join(front) or "none")}.</desc>']
-    for x, word in sx.ticks(6):
-        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:g}" y2="{high - bottom:g}"/><text x="{x:.1f}" y="{high - bottom + 17:g}" '
-                   f'text-anchor="middle">{esc(word)}</text>')
-    for y, word in sy.ticks():
-        out.append(f'<line class="grid" x1="{left:g}" x2="{wide - right:g}" y1="{y:.1f}" y2="{y:.1f}"/><text x="{left - 8:g}" y="{y + 4:.1f}" '
-                   f'text-anchor="end">{esc(word)}</text>')
-    out.append(f'<text class="name" x="{wide - right:g}" y="{high - 8:g}" text-anchor="end">{esc(x_name)}{" (logarithmic)" * sx.log} →</text>')
-    out.append(f'<text class="name" x="{left:g}" y="{top - 4:g}">{esc(y_name)}{" (logarithmic)" * sy.log}, {"higher" if higher else "lower"} is better</text>')
+    out += frame(sx, sy, (left, top, wide - right, high - bottom), x_name, y_name, higher)
     at = [(sx(p["x"]), sy(p["y"])) for p in shown]
     line = sorted((q for p, q in zip(shown, at, strict=True) if p["name"] in front), key=lambda q: q[0])
     if len(line) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -105,24 +105,13 @@ class Cell(Part):
         return self.name or ("base" if self.base else self.named() + (f"-{self.backend}" if self.backend != "lorakit" else ""))
 
 
-class Settings(Part):
-    """The keys that a comparison has beside those of a run."""
+class Judged(Part):
+    """How long a run is, and how configurations are told apart."""
 
     seeds: int | list[int] = Field(3, description="how many, or which")
     budget: Budget | None = Field(None, description="without it, `train` says how long")
     metric: str | None = Field(None, description="what is compared; by default accuracy, else exact match, else loss")
-    metrics: list[str] = Field([], description="what is measured besides: f1 of classes, rouge_l and bleu of generated answers")
-    tune: Tune | None = Field(None, description="the learning rate of each configuration, chosen with an equal budget")
-    forgetting: Forgetting | None = Field(None, description="other data, measured before and after; a bare word is its `data`")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of intervals and of what counts as a difference")
-    cells: list[Cell] = Field([], description="named configurations")
-    grid: dict[str, list[Any]] = Field({}, description="adapter.KEY or train.KEY -> values; every combination is a cell")
-    output: str = Field("runs/comparison", description="folder of the comparison")
-
-    @field_validator("forgetting", mode="before")
-    @classmethod
-    def _word(cls, v: Any) -> Any:
-        return {"data": v} if isinstance(v, str) else v
 
     @field_validator("seeds")
     @classmethod
@@ -134,6 +123,22 @@ class Settings(Part):
         if not v or min(v) < 0 or len(set(v)) < len(v):
             raise ValueError("seeds are different whole numbers, 0 or more, at least one of them")
         return v
+
+
+class Settings(Judged):
+    """The keys that a comparison has beside those of a run."""
+
+    metrics: list[str] = Field([], description="what is measured besides: f1 of classes, rouge_l and bleu of generated answers")
+    tune: Tune | None = Field(None, description="the learning rate of each configuration, chosen with an equal budget")
+    forgetting: Forgetting | None = Field(None, description="other data, measured before and after; a bare word is its `data`")
+    cells: list[Cell] = Field([], description="named configurations")
+    grid: dict[str, list[Any]] = Field({}, description="adapter.KEY or train.KEY -> values; every combination is a cell")
+    output: str = Field("runs/comparison", description="folder of the comparison")
+
+    @field_validator("forgetting", mode="before")
+    @classmethod
+    def _word(cls, v: Any) -> Any:
+        return {"data": v} if isinstance(v, str) else v
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ class Trial:
     extra: tuple[str, ...] = ()  # metrics that only a comparison measures
     forgetting: dict[str, Any] | None = None
     tunes: float | None = None  # the learning rate that this trial tries; None in a run that counts
+    number: int | None = None  # of a search's trial; None in a run that counts
 
     @property
     def untouched(self) -> bool:
@@ -156,7 +162,14 @@ class Trial:
 
     @property
     def name(self) -> str:
+        if self.number is not None:
+            return f"trial {self.number}"
         return f"{self.cell} seed {self.seed}" if self.tunes is None else f"{self.cell} learning rate {self.tunes:g}"
+
+    @property
+    def counts(self) -> bool:
+        """Whether it ends in a table, not in a choice."""
+        return self.tunes is None and self.number is None
 
     @property
     def folder(self) -> Path:
@@ -165,6 +178,14 @@ class Trial:
     def rated(self, rate: float) -> Trial:
         """The same with this learning rate."""
         return replace(self, run=self.run.model_copy(update={"train": self.run.train.model_copy(update={"learning_rate": rate})}))
+
+    def on(self, data: dict[str, Any]) -> Trial:
+        """The same with these settings of `data`."""
+        return replace(self, run=self.run.model_copy(update={"data": self.run.data.model_copy(update=data)}))
+
+    def head(self, digest: str) -> dict[str, Any]:
+        """What its files say about it."""
+        return {"cell": self.cell, "seed": self.seed, "tunes": self.tunes, "digest": digest}
 
     def settings(self) -> dict[str, Any]:
         """All that decides its result, flat; the place where it is kept does not."""
@@ -200,41 +221,76 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return out
 
 
-def _explain(e: ValidationError, where: str) -> str:
+def _part(model: type[Part], place: Sequence[Any]) -> type[Part]:
+    """The group of settings at a place within another."""
+    for p in place:
+        field = model.model_fields.get(str(p))
+        kinds = [field.annotation, *(getattr(field.annotation, "__args__", ()))] if field else []
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, Part)), model)
+    return model
+
+
+def checked(model: type[Part], raw: Mapping[str, Any], where: str) -> Any:
+    """The settings of `raw`. LorakitError naming every wrong key or value."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as e:
+        raise LorakitError(_explain(e, where, model)) from None
+
+
+def _explain(e: ValidationError, where: str, model: type[Part]) -> str:
     lines = []
     for err in e.errors():
         place = ".".join(map(str, err["loc"]))
         if err["type"] == "extra_forbidden":
-            part = {"budget": Budget, "cells": Cell, "tune": Tune, "forgetting": Forgetting}.get(str(err["loc"][0]), Settings)
-            part = Budget if "budget" in err["loc"] else part
-            lines.append(f"unknown key `{place}`{near(str(err['loc'][-1]), part.model_fields)}")
+            lines.append(f"unknown key `{place}`{near(str(err['loc'][-1]), _part(model, err['loc'][:-1]).model_fields)}")
         else:
             told = err["msg"].removeprefix("Value error, ")
             lines.append(f"`{place}`: {told[0].lower()}{told[1:]}" + (f", not {err['input']!r}" if not isinstance(err["input"], (dict, list)) else ""))
     return f"{where}: " + "; ".join(dict.fromkeys(lines))
 
 
-def parse(raw: Mapping[str, Any], where: str = "configuration") -> Compare:
-    """A checked comparison from plain data. LorakitError naming every wrong key or value, before anything is run."""
-    known = [*Settings.model_fields, *SHARED]
+def grouped(raw: Mapping[str, Any], own: type[Judged], where: str) -> tuple[Any, dict[str, Any]]:
+    """(the settings of an experiment, what its runs share), from one file."""
+    known = [*own.model_fields, *SHARED]
     for k in raw:
         if k not in known and k not in c.FLAT:
             raise LorakitError(f"{where}: unknown key `{k}`{near(k, [*known, *c.FLAT])}")
-    try:
-        s = Settings.model_validate({k: v for k, v in raw.items() if k in Settings.model_fields})
-    except ValidationError as e:
-        raise LorakitError(_explain(e, where)) from None
+    s = checked(own, {k: v for k, v in raw.items() if k in own.model_fields}, where)
     if s.metric is not None and s.metric not in METRICS:
         raise LorakitError(f"{where}: unknown metric `{s.metric}`{near(s.metric, METRICS)}")
+    shared = c._grouped({k: v for k, v in raw.items() if k not in own.model_fields})
+    shared["data"] = {"split_seed": 0, **shared.get("data", {})}  # the held-out rows are the same for all seeds
+    if s.budget:
+        _no_fixed(shared.get("train", {}), f"{where}: train", ("max_steps", "epochs"))
+    return s, shared
+
+
+def a_run(settings: Mapping[str, Any], seed: int, budget: Budget | None, output: Path, where: str) -> Run:
+    """One run of these settings: its seed, its length, its folder."""
+    mine = copy.deepcopy(dict(settings))
+    mine["train"] = {**mine.get("train", {}), "seed": seed, **_length(budget)}
+    mine["output"] = str(output)
+    run = c.parse(mine, where)
+    if budget and budget.seconds and run.train.lr_scheduler_type != "constant":
+        raise LorakitError(f"{where}: with a budget of seconds nobody knows where a falling learning rate would end; "
+                           "mend: train: {lr_scheduler_type: constant}, or a budget of tokens or steps")
+    return run
+
+
+def amount(budget: Budget | None) -> dict[str, float]:
+    """{unit: how much}; empty where `train` says how long."""
+    return budget.model_dump(exclude_none=True) if budget else {}
+
+
+def parse(raw: Mapping[str, Any], where: str = "configuration") -> Compare:
+    """A checked comparison from plain data. LorakitError naming every wrong key or value, before anything is run."""
+    s, shared = grouped(raw, Settings, where)
     for name in s.metrics:
         if name not in EXTRA:
             raise LorakitError(f"{where}: metrics: unknown metric `{name}`{near(name, EXTRA)}")
     if s.tune and s.tune.seed in s.seeds:
         raise LorakitError(f"{where}: tune: the seed {s.tune.seed} is one of `seeds`, so that what is tuned would be judged by its own luck; mend: another")
-    shared = c._grouped({k: v for k, v in raw.items() if k not in Settings.model_fields})
-    shared["data"] = {"split_seed": 0, **shared.get("data", {})}  # the held-out rows are the same for all seeds
-    if s.budget:
-        _no_fixed(shared.get("train", {}), f"{where}: train", ("max_steps", "epochs"))
     _no_fixed(shared.get("train", {}), f"{where}: train", ("seed", *_tuned(s)))
     rows = [(cell.label(), _of_cell(shared, cell, f"{where}: cell `{cell.label()}`", s), cell) for cell in s.cells]
     rows += [(name, one, Cell(adapter="lora")) for name, one in _of_grid(shared, s, where)]
@@ -248,17 +304,11 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> Compare:
     extra = tuple(dict.fromkeys([*s.metrics, *([s.metric] if s.metric in EXTRA else [])]))
     rest = {"extra": extra, "forgetting": s.forgetting.model_dump() if s.forgetting else None}
     for name, settings, cell in rows:
-        def one(seed: int, folder: str, budget: Budget | None, rate: float | None = None, name=name, settings=settings, cell=cell, **data: Any) -> Trial:
-            mine = copy.deepcopy(settings)
-            mine["train"] = {**mine.get("train", {}), "seed": seed, **_length(budget)} | ({"learning_rate": rate} if rate else {})
-            mine["data"] = {**mine["data"], **data}
-            mine["output"] = str(Path(s.output) / name / folder)
-            run = c.parse(mine, f"{where}: cell `{name}`")
-            if budget and budget.seconds and run.train.lr_scheduler_type != "constant":
-                raise LorakitError(f"{where}: cell `{name}`: with a budget of seconds nobody knows where a falling learning rate would end; "
-                                   "mend: train: {lr_scheduler_type: constant}, or a budget of tokens or steps")
+        def one(seed: int, folder: str, budget: Budget | None, rate: float | None = None, name=name, settings=settings, cell=cell) -> Trial:
+            run = a_run(settings, seed, budget, Path(s.output) / name / folder, f"{where}: cell `{name}`")
             peft = {"method": cell.named(), **cell.options()} if cell.kind() == "peft" else None
-            return Trial(name, seed, run, cell.kind(), budget.model_dump(exclude_none=True) if budget else {}, peft, tunes=rate, **rest)
+            trial = Trial(name, seed, run, cell.kind(), amount(budget), peft, tunes=rate, **rest)
+            return trial.rated(rate) if rate else trial
 
         trials += [one(seed, f"seed-{seed}", s.budget) for seed in s.seeds]
         if s.tune and cell.kind() != "none":
@@ -293,15 +343,26 @@ def _of_cell(shared: Mapping[str, Any], cell: Cell, where: str, s: Settings) -> 
     return out if cell.hooks is None else {**out, "hooks": cell.hooks}
 
 
+def varied(k: str, where: str) -> str:
+    """The full name of a key that may differ between configurations. LorakitError with the nearest one."""
+    key = k if "." in k or k in VARIED else c.FLAT.get(k, k)
+    if key.partition(".")[0] not in VARIED:
+        raise LorakitError(f"{where}: unknown key `{k}`{near(k, [*VARIED, *(f for f, to in c.FLAT.items() if to.partition('.')[0] in VARIED)])}")
+    return key
+
+
+def put(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a key of a run's settings; a bare word is what it is for `lorakit train`."""
+    c._put(settings, f"{key}.{c.SHORT[key]}" if key in c.SHORT and isinstance(value, str) else key, c.number(value))
+
+
 def _of_grid(shared: Mapping[str, Any], s: Settings, where: str) -> list[tuple[str, dict[str, Any]]]:
     """Every combination, named by its values: `dora-r8`, `lora-r8-learning_rate0.001`."""
     if not s.grid:
         return []
     keys = []
     for k, values in s.grid.items():
-        key = k if "." in k or k in VARIED else c.FLAT.get(k, k)
-        if key.partition(".")[0] not in VARIED:
-            raise LorakitError(f"{where}: grid: unknown key `{k}`{near(k, [*VARIED, *(f for f, to in c.FLAT.items() if to.partition('.')[0] in VARIED)])}")
+        key = varied(k, f"{where}: grid")
         if not values:
             raise LorakitError(f"{where}: grid: `{k}` has no values")
         _no_fixed({key.partition(".")[2]: 0} if key.startswith("train.") else {}, f"{where}: grid: train", _keys(s))
@@ -310,8 +371,7 @@ def _of_grid(shared: Mapping[str, Any], s: Settings, where: str) -> list[tuple[s
     for values in itertools.product(*s.grid.values()):
         one, words = copy.deepcopy(dict(shared)), []
         for key, value in zip(keys, values, strict=True):
-            key = f"{key}.{c.SHORT[key]}" if key in c.SHORT and isinstance(value, str) else key
-            c._put(one, key, c.number(value))
+            put(one, key, value)
             words.append(_word(key, value))
         out.append(("-".join(words), one))
     return out

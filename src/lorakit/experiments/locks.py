@@ -13,7 +13,7 @@ from pathlib import Path
 from lorakit.errors import LorakitError
 from lorakit.formats.files import fcntl
 
-LOCK = ".lorakit-compare.lock"
+LOCK, TURN = ".lorakit-compare.lock", ".lorakit-turn.lock"
 
 
 @contextmanager
@@ -56,5 +56,18 @@ def claimed(trial: Path) -> Iterator[bool]:
             except BlockingIOError:
                 mine = False
         yield mine
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """One process after another: waits until no other one is inside the block for this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / TURN, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(fd)

@@ -43,7 +43,9 @@ body{padding:0;max-width:none;font-size:9.5pt;print-color-adjust:exact}.scroll{o
 .main th,.main td{padding:3px 5px 3px 0}.main tbody th{position:static;white-space:normal;overflow-wrap:anywhere}thead button{font-size:7.2pt;
 white-space:normal;word-break:normal}.main thead th{white-space:normal}thead button::after{width:0}thead{display:table-header-group}.bar{width:70px}
 .tag{font-size:6pt}h2,.note,caption{break-after:avoid}.plots{grid-template-columns:1fr 1fr}.curves{grid-template-columns:repeat(4,1fr)}
-.main td.tok,.main th.tok{display:none}}"""
+.main td.tok,.main th.tok{display:none}}.strip{width:220px;height:16px}.strip circle{opacity:.75}
+.trials td.text{white-space:normal;min-width:5em;max-width:24em;overflow-wrap:anywhere}
+.trials th.text{text-align:left}"""
 
 SCRIPT = """document.querySelectorAll('table.main thead button').forEach((b,i)=>b.addEventListener('click',()=>{const th=b.closest('th'),
 t=th.closest('table'),n=th.cellIndex,up=th.getAttribute('aria-sort')!=='ascending',body=t.tBodies[0],val=r=>r.cells[n].dataset.v??'';
@@ -105,7 +107,8 @@ def _value(v: Any) -> str:
     return "" if v is None else str(v)
 
 
-def _table(record: dict[str, Any]) -> str:
+def cells_table(record: dict[str, Any]) -> str:
+    """The sortable table of a comparison's cells."""
     cells, cols, (first, tied) = record["cells"], _columns(record), best(record)
     some = [c for c in cells if c["mean"] is not None and math.isfinite(c["mean"]) and c["kind"] != "none"] or [c for c in cells if c["mean"] is not None]
     low, high = (f((c["mean"] + s * (c["half"] or 0) for c in some), default=0.0) for f, s in ((min, -1), (max, 1)))
@@ -143,7 +146,8 @@ def _lead(record: dict[str, Any]) -> str:
     return said + (f"Not distinguishable from it: {esc(', '.join(tied))}." if tied else "Every other tested configuration differs from it.")
 
 
-def _words(record: dict[str, Any]) -> str:
+def what_differs(record: dict[str, Any]) -> str:
+    """What each cell is better than, tied with, worse than; every pair."""
     rows, tested = ties(record), [d for d in record["differences"] if d["p"] is not None]
     if not tested:
         return ""
@@ -194,13 +198,14 @@ def _curves(record: dict[str, Any]) -> str:
         f"<figure><figcaption><b>{esc(n)}</b></figcaption>{charts.curve(n, curves, span, f'curve-{i}')}</figure>" for i, n in enumerate(curves)) + "</div>"
 
 
-def _facts(record: dict[str, Any]) -> str:
+def facts(record: dict[str, Any]) -> str:
+    """Where, when, with what it was made."""
     m, s, data = record["machine"], record["settings"], record["data"]
     budget = ", ".join(f"{v:g} {k}" for k, v in (s.get("budget") or {}).items() if v is not None) or "none: `train` says how long"
     rows = {"Date": m["date"], "Command": record["command"] or "from Python", "Base": record["base"],
             "Data": f"{data['train']}: {data['rows']:,} rows of shape {data['shape']}",
             "Held out": f"{data['eval_rows']:,} rows" + f" of {data['eval']}" * bool(data["eval"]),
-            "Budget": budget, "Seeds": ", ".join(map(str, s["seeds"])), "Learning rates": table.tuned(record) or "as given",
+            "Budget": budget, "Seeds": ", ".join(map(str, s["seeds"])), **({"Learning rates": table.tuned(record) or "as given"} if "tuning" in record else {}),
             "Machine": f"{m['cpu']}, {m['cores']} cores, {human(m['memory_bytes'], 'bytes')}, {m['system']}",
             "Device": f"{m['device']}, {'/'.join(map(str, m['threads'])) or '?'} threads a run"
             + f"; {record['jobs']} runs at a time, so times are those of a shared machine" * (record["jobs"] > 1),
@@ -244,21 +249,26 @@ def html(record: dict[str, Any]) -> str:
     failed = "".join(f"<li>{text}</li>" for text in lost)
     share = f"{(1 - record['settings']['confidence']) * 100:.3g} %"
     parts = [
-        ("Configurations", "", _table(record)),
+        ("Configurations", "", cells_table(record)),
         ("What differs", f"Paired by seed, two-sided t-tests, corrected for all pairs (Holm): a false difference anywhere in at most {share} of comparisons. A "
-         "tie is not a proof of equality; more seeds tell more.", _words(record)),
+         "tie is not a proof of equality; more seeds tell more.", what_differs(record)),
         ("Failures", "", f"<ul>{failed}</ul>" if failed else ""),
         ("What it costs", "Full points are on the Pareto front: no other configuration is at least as good in both and better in one. Lines are intervals. "
          "Time is that of training steps alone.", _plots(record)),
         ("Loss", "Line and band: mean and range of the training loss over seeds; dots: held-out loss; grey: the other configurations.", _curves(record)),
         ("Learning rates", f"{esc(table.tuned(record))}. The chosen one is bold.", _tuning(record)),
-        ("How it was made", "", _facts(record)),
+        ("How it was made", "", facts(record)),
     ]
+    told = f"""{len(record["cells"])} configurations × {len(record["settings"]["seeds"])} seeds on {esc(record["base"])}, {esc(record["data"]["train"])}"""
+    return document(record, "comparison", told, _lead(record), parts)
+
+
+def document(record: dict[str, Any], kind: str, told: str, lead: str, parts: list[tuple[str, str, str]]) -> str:
+    """A page from its title, one line, what matters most, and sections of (head, note, HTML); those without HTML are left out."""
     title = esc(record["title"])
     body = "".join(f"<section><h2>{h}</h2>{f'<p class=note>{note}</p>' if note else ''}{text}</section>" for h, note, text in parts if text)
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style></head><body><small>lorakit comparison ·
-{esc(record["machine"]["date"])}</small><h1>{title}</h1><p>{len(record["cells"])} configurations × {len(record["settings"]["seeds"])} seeds on
-{esc(record["base"])}, {esc(record["data"]["train"])}</p><p class="lead">{_lead(record)}</p>{body}<script>{SCRIPT}</script></body></html>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style></head><body><small>lorakit {kind} ·
+{esc(record["machine"]["date"])}</small><h1>{title}</h1><p>{told}</p><p class="lead">{lead}</p>{body}<script>{SCRIPT}</script></body></html>
 """

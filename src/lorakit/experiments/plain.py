@@ -19,8 +19,8 @@ from lorakit.experiments import measure as extra
 from lorakit.formats.files import writing
 from lorakit.formats.receipt import versions
 from lorakit.methods.lora import LoRA
-from lorakit.models import load_base
 from lorakit.targets import classifier
+from lorakit.training import base
 from lorakit.training import data as d
 from lorakit.training import run as r
 from lorakit.training.config import Run
@@ -33,12 +33,8 @@ WORDS = {"alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_mo
 
 
 def bare(p: Prepared) -> nn.Module:
-    """The base as a run loads it; a classifier's head is drawn from the run's seed."""
-    run = p.run
-    more = {"num_labels": len(p.labels), "id2label": dict(enumerate(p.labels)), "label2id": {v: k for k, v in enumerate(p.labels)},
-            "pad_token_id": p.tokenizer.pad_token_id} if p.labels else {}
-    torch.manual_seed(run.train.seed)
-    model = load_base(run.base.path, p.task, dtype=run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code, **more)
+    """The base as a run loads it, on the GPU where there is one."""
+    model = base.bare(p)
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
@@ -84,6 +80,8 @@ def build(kind: str, options: dict[str, Any] | None, p: Prepared) -> nn.Module:
             return peft.get_peft_model(model, config)
         except (ValueError, TypeError, KeyError, NotImplementedError) as e:
             raise LorakitError(f"backend: peft: {e}") from e
+    if kind == "full" and p.run.base.quantize:
+        raise LorakitError("full fine-tuning trains the weights, and this base keeps them quantised; mend: leave base.quantize out")
     heads = classifier(model)
     if kind == "probe" and not heads:
         raise LorakitError(f"linear-probe: {type(model).__name__} has no classifier's head; mend: data of text and label")

@@ -41,7 +41,7 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, limit: float = math.inf, around: Callable[[nn.Module], dict[str, Any]] = lambda model: {}):
         self.limit, self.around, self.seconds, self.cpu, self.tokens, self.since, self.handle = limit, around, 0.0, 0.0, 0, (0.0, 0.0), None
-        self.peak, self.saved, self.first = 0, None, None
+        self.peak, self.saved, self.first, self.steps = 0, None, None, 0
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
 
@@ -69,7 +69,33 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         self.seconds += _now() - self.since[0]
         self.cpu += time.process_time() - self.since[1]
+        self.steps = state.global_step
         control.should_training_stop = control.should_training_stop or self.seconds >= self.limit
+
+
+class Stopped(Exception):
+    """Early stopping ended the run."""
+
+
+class Asked(TrainerCallback):
+    """Tells another process each evaluation and asks it whether to go on: (number of the evaluation, step, metrics) out, a yes to stopping in.
+
+    The schedule is that of the whole run until then, so a run that is let go on is the run that nobody asks about.
+    """
+
+    def __init__(self, line: connection.Connection):
+        self.line, self.n, self.over = line, 0, False
+
+    def on_train_end(self, args, state, control, **kw):
+        self.over = True
+
+    def on_log(self, args, state, control, logs=None, **kw):
+        found = {k: v for k, v in (logs or {}).items() if k.startswith("eval_")}
+        if found and not self.over:
+            self.n += 1
+            self.line.send((self.n, state.global_step, found))
+            if self.line.recv() and state.global_step < state.max_steps:
+                raise Stopped
 
 
 def forget_peak() -> None:
@@ -133,13 +159,17 @@ def _untouched(trial: Trial, p: Prepared) -> dict[str, Any]:
             "device": "cuda" if torch.cuda.is_available() else "cpu", "verify": None}
 
 
-def _trained(trial: Trial, p: Prepared) -> dict[str, Any]:
+def _trained(trial: Trial, p: Prepared, line: connection.Connection | None = None) -> dict[str, Any]:
     run, watch = trial.run, Stopwatch(trial.budget.get("seconds", math.inf), _around(trial, p))
     if "tokens" in trial.budget:
         run = run.model_copy(update={"train": run.train.model_copy(update={"max_steps": steps_for(p, int(trial.budget["tokens"]))})})
     if trial.kind == "lorakit":
-        record = r.train(run, callbacks=[watch])
-        record["merge_loss"] = _merge_loss(run, p) if trial.tunes is None else None
+        try:
+            record = r.train(run, callbacks=[watch, *([Asked(line)] if line else [])])
+        except Stopped:
+            return {"status": "stopped", "steps": watch.steps, "tokens": watch.tokens, "train_seconds": watch.seconds, "cpu_seconds": watch.cpu,
+                    "threads": torch.get_num_threads()}
+        record["merge_loss"] = _merge_loss(run, p) if trial.counts else None
     else:
         record = plain.train(trial.kind, trial.peft, run, watch)
     cost = record["cost"]
@@ -165,12 +195,15 @@ def _merge_loss(run: r.Run, p: Prepared) -> float | None:
     return measure.merge_loss(live, measure.logits(model, p))
 
 
-def one(trial: Trial, digest: str, settings: dict[str, Any], threads: int | None = None) -> None:
-    """Runs a trial in its folder and writes `result.json`, also when it fails; what it says goes to `log.txt`. Nothing where another process has it."""
+def one(trial: Trial, digest: str, settings: dict[str, Any], threads: int | None = None, line: connection.Connection | None = None) -> None:
+    """Runs a trial in its folder and writes `result.json`, also when it fails; what it says goes to `log.txt`. Nothing where another process has it.
+
+    line: to the process that may stop it at an evaluation (`Asked`).
+    """
     _end_with_parent()
     with claimed(trial.folder) as mine:
         if mine and not finished(trial, digest):
-            _one(trial, {"cell": trial.cell, "seed": trial.seed, "tunes": trial.tunes, "digest": digest}, settings, threads)
+            _one(trial, trial.head(digest), settings, threads, line)
 
 
 def finished(trial: Trial, digest: str | None = None) -> dict[str, Any] | None:
@@ -190,7 +223,7 @@ def outcome(trial: Trial) -> dict[str, Any] | None:
         return None
 
 
-def _one(trial: Trial, head: dict[str, Any], settings: dict[str, Any], threads: int | None) -> None:
+def _one(trial: Trial, head: dict[str, Any], settings: dict[str, Any], threads: int | None, line: connection.Connection | None) -> None:
     out = trial.folder
     shutil.rmtree(out, ignore_errors=True)
     with writing(out) as w:
@@ -202,7 +235,7 @@ def _one(trial: Trial, head: dict[str, Any], settings: dict[str, Any], threads: 
             if trial.run.train.threads or threads:
                 torch.set_num_threads(trial.run.train.threads or threads)
             p = prepare(trial.run)
-            result = head | {"status": "ok", "error": None, "kind": trial.kind} | (_untouched(trial, p) if trial.untouched else _trained(trial, p))
+            result = head | {"status": "ok", "error": None, "kind": trial.kind} | (_untouched(trial, p) if trial.untouched else _trained(trial, p, line))
         except Exception as e:
             traceback.print_exc()
             result = head | {"status": "failed", "error": str(e) if isinstance(e, LorakitError) else f"{type(e).__name__}: {e}"}

@@ -40,7 +40,11 @@ class FolderWrite:
         self.path(name).write_text(text, encoding="utf-8")
 
     def json(self, name: str, data: object) -> None:
-        self.text(name, json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+        write_json(self.path(name), data)
+
+
+def write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _flush(path: Path) -> None:
@@ -148,6 +152,26 @@ def _free(folder: Path) -> str:
     while not folder.exists():
         folder = folder.parent
     return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Where to write the file that will be called `path` when the block ends without an error; else nothing is left.
+
+    Raises LorakitError when the disk is full or the place cannot be written.
+    """
+    tmp = path.with_name(f"{PREFIX}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        _flush(tmp)
+        os.replace(tmp, path)
+    except BaseException as e:
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        if isinstance(e, OSError) or "No space left" in str(e):
+            raise _not_written(path, e) from e
+        raise
 
 
 def sha256(path: Path) -> str:

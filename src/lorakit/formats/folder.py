@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lorakit.maps import Base, each
 from lorakit.method import Around, Method
 from lorakit.methods.lora import LoRA
 from lorakit.methods.offset import Offset
+from lorakit.quantized import described
 from lorakit.sites import place
 from lorakit.spec import Spec, attach
 from lorakit.stores.shards import cut, plain_class, sharded, writer
@@ -103,8 +106,8 @@ def _one(state: host.State, name: str | None) -> str:
 class Export:
     """The adapter as it goes to disk: path -> method, file key -> tensor, whether in our own layout, and what was converted on the way."""
 
-    def __init__(self, model: nn.Module, name: str, form: str = "native", rank: int | None = None):
-        slots = host.slots(model, name)
+    def __init__(self, model: nn.Module, name: str, form: str = "native", rank: int | None = None, otherwise: str = "form='native'"):
+        slots, self.otherwise = host.slots(model, name), otherwise  # what else there is to do where a conversion cannot be
         if form not in ("auto", "native", "lora"):
             raise LorakitError(f"form: unknown `{form}`{near(form, ('auto', 'native', 'lora'))}")
         if rank is not None and form != "lora":
@@ -157,17 +160,17 @@ class Export:
     @torch.no_grad()
     def _nearest(self, slot: host.Slot, method: Method, p: Mapping[str, Tensor]) -> tuple[Method, Mapping[str, Tensor]]:
         """The best LoRA of a rank (Eckart and Young), from the update as a matrix."""
-        site, way = slot.site, "mend: form='native', or merge it"
+        site, at, way = slot.site, slot.path or "the model", self.otherwise
         if method.mergeable == "no":
-            raise LorakitError(f"{slot.path}: {method.core.name} depends on its input, so no LoRA is near it; mend: form='native'")
+            raise LorakitError(f"{at}: {method.core.name} depends on its input, so no LoRA is near it; mend: {way}")
         if method.bias(dict(p), site.bias) is not site.bias:
-            raise LorakitError(f"{slot.path}: {method.core.name} changes the bias, which a LoRA cannot; {way}")
+            raise LorakitError(f"{at}: {method.core.name} changes the bias, which a LoRA cannot; mend: {way}, or merge it")
         W = Base(site).weight()
         U, S, V = thin_svd((each(site, method, method.weight, dict(p), W) - W).double())
         exact = max(1, int((S.amax(-1, keepdim=True) * max(W.shape[-2:]) * 1e-7 < S).sum(-1).max()))
         if self.rank is None:
-            raise LorakitError(f"{slot.path}: {method.core.name} is not exactly a plain LoRA of its own rank; mend: rank={exact} would be exact here, "
-                               "a lower one near it; or form='native'")
+            raise LorakitError(f"{at}: {method.core.name} is not exactly a plain LoRA of its own rank; mend: rank={exact} would be exact here, "
+                               f"a lower one near it; or {way}")
         r = min(self.rank, S.shape[-1])
         self.converted.append(slot.path)
         self.errors[slot.path] = float(S[..., r:].norm()), float(S.norm())
@@ -219,7 +222,7 @@ def _receipt(model, name, spec, export, config, base, lineage) -> dict[str, Any]
         state.active, state.rows, state.chained = keep, rows_, chained
     out = {"format": peft.FORMAT, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "adapter": name,
            "spec": spec.to_dict(), "peft_type": config["peft_type"], "converted_to_lora": export.converted,
-           "base": base | {"digest": digest(prints), "tensors": prints}, "modules": modules_table(model, name),
+           "base": base | {"digest": digest(prints), "packed": described(model), "tensors": prints}, "modules": modules_table(model, name),
            "keys": {k: list(t.shape) for k, t in export.tensors.items()}, "versions": versions(), "lineage": list(lineage)}
     for p, (left, whole) in export.errors.items():  # the update that the file holds
         out["modules"][p] |= {"delta_norm": max(whole**2 - left**2, 0.0) ** 0.5, "rank": export.methods[p].r}
@@ -230,18 +233,35 @@ def _receipt(model, name, spec, export, config, base, lineage) -> dict[str, Any]
     return out
 
 
+@dataclass(frozen=True)
+class Part:
+    """One target's share of a saved adapter: its method, and the leaves in the layout of PEFT's files. lookup: the target is an embedding."""
+
+    method: Method
+    leaves: Mapping[str, Tensor]
+    lookup: bool = False
+
+    def keyed(self, path: str) -> dict[str, Tensor]:
+        """The leaves under the keys that they have in a folder."""
+        return {f"{peft.PREFIX}{path}.{self.method.key(leaf, self.lookup)}": t for leaf, t in self.leaves.items()}
+
+
 class Folder:
     """A saved adapter, read and checked: config, tensors, receipt (None for one that another library wrote)."""
 
+    notes: Sequence[str] = ()  # what the reader of another format took to be so, or left out
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if self.path.is_file():
+            raise LorakitError(f"{path} is a file, not an adapter folder; mend: lorakit convert {path} -o FOLDER --to peft")
         if not self.path.is_dir():
             there = [p.name for p in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
             raise LorakitError(f"there is no adapter folder {self.path}{near(self.path.name, there, listing=False) if there else ''}")
         with reading(self.path):
             self.config = read_json(self.path / peft.CONFIG)
             peft.warn_of(self.config, self.path / peft.CONFIG)
-            self.tensors = peft.restored(self.config, peft.read_tensors(self.path / peft.TENSORS, self.config))
+            self.tensors = self._read = peft.restored(self.config, peft.read_tensors(self.path / peft.TENSORS, self.config))
             receipt = self.path / peft.RECEIPT
             self.receipt = read_json(receipt) if receipt.is_file() else None
             written = (self.receipt or {}).get("files", {})
@@ -249,12 +269,54 @@ class Folder:
         self.methods = peft.methods_of(self.config, self.tensors, self.path / peft.CONFIG)
         self._bound: nn.Module | None = None
 
+    @classmethod
+    def held(cls, path: Path, parts: Mapping[str, Part], notes: Sequence[str] = (), **config: Any) -> Folder:
+        """An adapter that was read from another format, or made in memory: as if it lay in a folder of our own layout."""
+        new = cls.__new__(cls)
+        new.path, new.receipt, new.changed, new.notes, new._bound = path, None, None, notes, None
+        new.methods = {p: part.method for p, part in parts.items()}
+        new.config = config | {"peft_type": peft.OWN, "lorakit_format": peft.FORMAT, "modules": {p: m.to_dict() for p, m in new.methods.items()}}
+        new.tensors = new._read = {k: t for p, part in parts.items() for k, t in part.keyed(p).items()}
+        return new
+
+    @staticmethod
+    def there(path: Path) -> bool:
+        """Whether a folder holds an adapter as this class reads it."""
+        return (path / peft.TENSORS).is_file()
+
+    def parts(self) -> dict[str, Part]:
+        """Path -> method and leaves of every target, as far as the leaves are the target's own."""
+        out = {}
+        for p, m in self.methods.items():
+            own = [k for k, leaf in m.leaves.items() if not (leaf.shared or leaf.derived)]
+            lookup = any(m.key(k, True) != m.key(k) and f"{peft.PREFIX}{p}.{m.key(k, True)}" in self.tensors for k in own)
+            keys = {k: f"{peft.PREFIX}{p}.{m.key(k, lookup)}" for k in own}
+            out[p] = Part(m, {k: self.tensors[f] for k, f in keys.items() if f in self.tensors}, lookup)
+        return out
+
+    @property
+    def base(self) -> str | None:
+        """The base model's name or path, where the file says it."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def main(self) -> Method:
+        """The method that the adapter is of, what stands beside it aside."""
+        main = [m for m in self.methods.values() if not m.replaces and not m.follows] or list(self.methods.values())
+        return min(main, key=lambda m: isinstance(m, Around))  # what stands around the model is beside the rest
+
+    @property
+    def dropout(self) -> float:
+        return self.config.get(self.main.core.peft_dropout or "lora_dropout") or 0.0
+
     def bind(self, model: nn.Module) -> None:
         """Reads the file's paths as those of this model."""
         if self._bound is model:
             return
         self._bound = model
-        self.methods = peft.methods_of(self.config, self.tensors, self.path / peft.CONFIG, model)
+        self.methods = peft.methods_of(self.config, self._read, self.path / peft.CONFIG, model)
+        self.tensors, old = peft.as_now(self.config, self._read, self.methods, model)
+        self.notes = [f"the factors of {old} fused experts lie as PEFT before 0.19 wrote them: turned"] if old else self.notes
         for p in self.spec.tied(model, self.methods)[1] if self.methods else ():
             self.methods.pop(p, None)
 
@@ -264,12 +326,10 @@ class Folder:
 
     @property
     def spec(self) -> Spec:
-        main = [m for m in self.methods.values() if not m.replaces and not m.follows] or list(self.methods.values())
-        main.sort(key=lambda m: isinstance(m, Around))  # what stands around the model is beside the rest
         extra = Spec.from_dict(self.receipt["spec"]) if self.receipt else None
-        kept = {} if extra is None else {"freeze": tuple(f for f in extra.freeze if f in main[0].leaves), "recipe": extra.recipe, "seed": extra.seed}
-        return Spec(main[0], tuple(p for p, m in self.methods.items() if not m.replaces), tie=bool(self.config.get("ensure_weight_tying")),
-                    dropout=(self.config.get(main[0].core.peft_dropout or "lora_dropout") or 0.0) if extra is None else extra.dropout, **kept)
+        kept = {} if extra is None else {"freeze": tuple(f for f in extra.freeze if f in self.main.leaves), "recipe": extra.recipe, "seed": extra.seed}
+        return Spec(self.main, tuple(p for p, m in self.methods.items() if not m.replaces), tie=bool(self.config.get("ensure_weight_tying")),
+                    dropout=self.dropout if extra is None else extra.dropout, **kept)
 
     def replaces(self, name: str) -> bool:
         """Whether a tensor of the base is one that this adapter replaces whole."""
@@ -312,7 +372,7 @@ def other_tables(model: nn.Module, folder: Folder) -> list[str]:
 
 def fill(model: nn.Module, name: str, folder: Folder) -> None:
     """Sets an adapter's leaves from a folder."""
-    put_tensors(model, name, folder.tensors, folder.own, folder.path / peft.TENSORS)
+    put_tensors(model, name, folder.tensors, folder.own, folder.path / peft.TENSORS if folder.path.is_dir() else folder.path)
 
 
 @torch.no_grad()
@@ -398,3 +458,17 @@ def load(model: nn.Module, path: str | Path | Folder, name: str, check_base: boo
             raise LorakitError(f"{folder.path / folder.changed} is not the file its receipt was written for: it changed after saving. Mend: bring "
                                "it back, or, if the change was meant, delete receipt.json or pass check_base=False")
     return folder
+
+
+@contextmanager
+def beside(model: nn.Module, folder: Folder, check_base: bool = True) -> Iterator[str]:
+    """Inside, a saved adapter is on the model under the name handed out, beside those that were there; after, the model is as before."""
+    name, state = "beside_", host.find_state(model)
+    active = state.active if state else {}
+    load(model, folder, name, check_base)
+    try:
+        yield name
+    finally:
+        host.delete(model, name)
+        if state:
+            state.active = active

@@ -11,6 +11,8 @@ from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.formats.folder import Folder, load
 
+HELD = ("continue", "mix")  # stages whose adapter is a part of the one that follows
+
 
 def entry(folder: Folder, stage: str) -> list[dict[str, Any]]:
     """The lineage of an adapter trained from `folder` in this stage: the folder's own, and the folder."""
@@ -23,11 +25,11 @@ def apply(model: nn.Module, lineage: Sequence[Mapping[str, Any]]) -> list[str]:
     """Brings a plain base to the state in which the last adapter was trained; names of the adapters now in effect, frozen.
 
     merge: that adapter (over those frozen so far) goes into the weights. freeze: it stays, each around the one before.
-    continue: nothing, for the adapter that follows holds it. Raises LorakitError if one is gone or changed since.
+    continue, mix: nothing, for the adapter that follows holds it. Raises LorakitError if one is gone or changed since.
     """
     frozen: list[str] = []
     for n, step in enumerate(lineage):
-        if step["stage"] == "continue":
+        if step["stage"] in HELD:
             continue
         folder = Folder(step["adapter"])
         if step.get("files") and folder.receipt and folder.receipt.get("files") != step["files"]:

@@ -257,6 +257,29 @@ def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mappin
         return tensors  # whoever reads the methods says what is wrong
 
 
+def as_now(config: Mapping[str, Any], tensors: Mapping[str, Tensor], methods: Mapping[str, Method], model: nn.Module) -> tuple[Mapping[str, Tensor], int]:
+    """A file's tensors with the factors of fused experts as PEFT lays them out since 0.19, and of how many targets they were not.
+
+    Before, a stack (E, o, i) was read as (E, inputs, outputs), so that A (E r, o) and B (i, r E) make the update's transpose: A and B
+    change places, each with the experts on the other side. Seen by the shapes; where o = i, by `peft_version`.
+    """
+    told = config.get("target_parameters")
+    modules, out, many = dict(model.named_modules()) if told else {}, dict(tensors), 0
+    files = file_paths(modules, methods) or {} if told else {}
+    before = [int(n) if n.isdigit() else 0 for n in str(config.get("peft_version") or "0").split(".")[:2]] < [0, 19]
+    for path in files:
+        site, method = site_at(modules, path), methods[path]
+        a, b = (f"{PREFIX}{files[path]}.{method.key(k)}" if k in method.leaves else "" for k in ("A", "B"))
+        if not site.stack or site.transposed or a not in out or b not in out:
+            continue
+        A, B, E = out[a], out[b], site.stack[0]
+        if (A.shape[1], B.shape[0]) == (site.out, site.in_) and (site.out != site.in_ or before) and len(A) == B.shape[1] == E * method.core.r:
+            out[a] = B.unflatten(1, (-1, E)).permute(2, 1, 0).flatten(0, 1).contiguous()
+            out[b] = A.unflatten(0, (E, -1)).permute(2, 1, 0).flatten(1).contiguous()
+            many += 1
+    return out, many
+
+
 def packed(site: Any, method: Method, leaf: str, t: Tensor) -> Tensor:
     """A leaf in the layout of the file."""
     shape = method.owner(leaf).layout(leaf, site)

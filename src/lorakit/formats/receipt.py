@@ -21,6 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.host import find_state, slots, walk
 from lorakit.maps import each
 from lorakit.stores.dense import held
+from lorakit.stores.layer import PREFIX
 from lorakit.stores.shards import every, part, sharded, whole
 
 SAMPLE = 65_536
@@ -33,7 +34,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     targets = slots(model)
     whole = {p for p, s in targets.items() if any(m.replaces for m in s.methods.values())}
-    absorbed = {id(s.site.store.take()): s.absorbed.kept for s in targets.values() if s.absorbed}
+    absorbed = {id(t): store.tensors(s.absorbed.kept)[k] for s in targets.values() if s.absorbed for store in [s.site.store]
+                for k, t in store.tensors(store.take()).items()}
     for path, module in walk(model):
         if path in whole:
             continue
@@ -89,13 +91,24 @@ def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def compare_bases(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What differs between two fingerprints, one line each, most telling first; [] when it is the same base."""
-    out = [f"{n}: not in this base" for n in was if n not in now] + [f"{n}: only in this base" for n in now if n not in was]
+    packed = {n.rpartition(PREFIX)[0] + "weight": how for some, other, how in ((was, now, "when saved, not here"), (now, was, "here, not when saved"))
+              for n in some if n.endswith(f"{PREFIX}codes") and n.rpartition(PREFIX)[0] + "weight" in other}
+    out = [f"{n}: quantised {how}" for n, how in packed.items()]
+    told = (*packed, *(f"{n.removesuffix('weight')}{PREFIX}" for n in packed))
+    out += [f"{n}: {how}" for some, other, how in ((was, now, "not in this base"), (now, was, "only in this base")) for n in some
+            if n not in other and not n.startswith(told)]
     for n in was:
         if n in now and list(was[n]["shape"]) != list(now[n]["shape"]):
             out.append(f"{n}: shape {was[n]['shape']} when saved, {now[n]['shape']} here")
         elif n in now and (which := "exact" if was[n]["dtype"] == now[n]["dtype"] else "values") and was[n][which] != now[n][which]:
             out.append(f"{n}: values differ ({was[n][which]} when saved, {now[n][which]} here)")
     return out
+
+
+def dtype_of(base: Mapping[str, Any]) -> str | None:
+    """The dtype of a receipt's base: its first floating-point tensor's that is not a quantiser's constant."""
+    every = base.get("tensors", {}).items()
+    return next((t["dtype"] for n, t in every if "float" in t["dtype"] and not n.rpartition(".")[2].startswith(PREFIX)), None)
 
 
 def digest(prints: Mapping[str, Mapping[str, Any]]) -> str:
@@ -176,6 +189,13 @@ def probe_record(logits: Tensor, base: Tensor) -> dict[str, Any]:
     at = torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long()
     return {"sha256": _sha(flat), "shape": list(logits.shape), "at": at.tolist(), "logits": flat[at].tolist(), "norm": float(flat.double().norm()),
             "moved": float((logits - base).abs().max()), "base_logits": base.reshape(-1)[at].tolist()}
+
+
+def tolerance(logits: Tensor, *where: nn.Module | str) -> float:
+    """How far logits may differ by rounding alone (another machine, another order of sums), absolutely, for the coarsest of the dtypes."""
+    dtypes = [w if isinstance(w, str) else str(next(w.parameters()).dtype).removeprefix("torch.") for w in where]
+    eps = max({"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}.get(d, 1e-4) for d in dtypes)
+    return eps * max(1.0, float(logits.abs().max()))
 
 
 def versions() -> dict[str, str]:

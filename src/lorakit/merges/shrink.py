@@ -14,10 +14,7 @@ from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.kernels.svd import lower_rank
 from lorakit.maps import each
-from lorakit.method import Method
-from lorakit.methods.lora import LoRA
-from lorakit.recipes import compose
-from lorakit.spec import attach
+from lorakit.merges.mix import put
 
 
 @torch.no_grad()
@@ -41,14 +38,6 @@ def shrink(model: nn.Module, name: str, rank: int, new_name: str) -> dict[str, f
             raise LorakitError(f"shrink: on {path} the adapter is no product of two factors ({method.name}); mend: lorakit.save(form='lora', rank={rank})")
         B, A, left, whole = lower_rank(*each(slot.site, method, method.two, p), rank)
         made[path], errors[path] = (B, A), (left, whole)
-    plan: dict[str, Method] = {p: LoRA(A.shape[-2], float(A.shape[-2])) for p, (_, A) in made.items()}
-    was, spec = state.specs[name], compose(LoRA(rank, float(rank)), target_modules=list(plan))
-    active = dict(state.active)
-    attach(model, new_name, compose(spec, tie=was.tie, dropout=was.dropout), plan, empty=True)
-    host.state_of(model).active = active
-    for path, (B, A) in made.items():
-        p = host.slots(model, new_name)[path].params(new_name)
-        p["B"].copy_(B)
-        p["A"].copy_(A)
+    put(model, new_name, made, state.specs[name].tie, state.specs[name].dropout)
     left, whole = (sum(e[n] ** 2 for e in errors.values()) ** 0.5 for n in (0, 1))
     return {p: a / b if b else 0.0 for p, (a, b) in errors.items()} | {"overall": left / whole if whole else 0.0}

@@ -19,7 +19,7 @@ def xavier(shape, method, origin, gen):
     return (torch.rand(shape, generator=gen) * 2 - 1) * (6 / sum(shape)) ** 0.5
 
 
-@method("qa_lora", title="QA-LoRA", paper="2309.14717", formula="W + (alpha/r) B A P, P the mean over groups of inputs", laws=("rank<=r", "identity"))
+@method("qa-lora", title="QA-LoRA", paper="2309.14717", formula="W + (alpha/r) B A P, P the mean over groups of inputs", laws=("rank<=r", "identity"))
 class QALoRA(LowRank):
     r: int = 8  # rank
     alpha: float = 16.0  # strength: the update is scaled by alpha / r
@@ -30,8 +30,8 @@ class QALoRA(LowRank):
     B = Leaf("o r", zeros)
 
     def __post_init__(self):
-        check_rank("qa_lora", self.r)
-        check_rank("qa_lora (group)", self.group)
+        check_rank("qa-lora", self.r)
+        check_rank("qa-lora (group)", self.group)
 
     @classmethod
     def examples(cls):
@@ -42,7 +42,7 @@ class QALoRA(LowRank):
 
     def unfit(self, site):
         good = next((g for g in (64, 32, 16, 8, 4, 2, 1) if g <= self.group and site.in_ % g == 0), 1)
-        return f"qa_lora: {site.in_} inputs are no whole groups of {self.group}; mend: group={good}" if site.in_ % self.group else None
+        return f"qa-lora: {site.in_} inputs are no whole groups of {self.group}; mend: group={good}" if site.in_ % self.group else None
 
     @property
     def share(self) -> float:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import host
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, near
 from lorakit.sites import site_for
 from lorakit.stores.layer import PREFIX, PackedLayer, packed_class
 from lorakit.stores.scheme import Scheme, has_values, scheme_of
 from lorakit.targets import select
 
-__all__ = ["dequantize", "described", "own_weights", "pack", "packed", "prepare", "quantize"]
+__all__ = ["dequantize", "described", "forget", "note", "own_weights", "pack", "packed", "prepare", "quantize"]
 
 
 def _matrix(module: nn.Module, scheme: Scheme, path: str) -> tuple[tuple[int, int], bool]:
@@ -68,26 +68,40 @@ def pack(module: nn.Module, scheme: Scheme, path: str = "", keep: bool = False) 
     module.original = W.detach().cpu() if keep else None
 
 
-def quantize(model: nn.Module, scheme: str | Mapping[str, Any] | Scheme = "nf4", *, target_modules: str | Sequence[str] = "all-linear",
-             exclude_modules: str | Sequence[str] = (), keep: bool = False) -> nn.Module:
+def quantize(model: nn.Module, scheme: str | Mapping[str, Any] | Scheme | Sequence[Mapping[str, Any]] = "nf4", *,
+             target_modules: str | Sequence[str] = "all-linear", exclude_modules: str | Sequence[str] = (), keep: bool = False) -> nn.Module:
     """Packs the weights of a model's layers (nf4, nf3, nf2, int8, int6, int4, int3, int2), in place; returns the same model.
 
     Before adapters: `lorakit.quantize(model, "nf4")`, then `lorakit.adapt(model, …)` is QLoRA. Weights that are tied to another are left alone.
-    keep: the weights from before stay on the CPU, for starts made of them (init: loftq, lq-lora, pissa with storage: base, lqer).
+    scheme: one for all targets, or [{scheme, layers}, …] (as `lorakit.quantized.bits.allot` gives it). keep: the weights from before stay on the
+    CPU, for starts made of them (init: loftq, lq-lora, lqer, l2qer, pissa with storage: base), until `forget`.
     Raises LorakitError, and changes nothing, for a layer that the scheme cannot hold.
     """
-    plan, base = scheme_of(scheme), host.bare(model)
+    base = host.bare(model)
     if host.find_state(base):
         raise LorakitError("the model has adapters already; mend: lorakit.quantize(model, …) first, then lorakit.adapt or lorakit.load")
-    modules, paths = dict(base.named_modules()), own_weights(base, select(base, target_modules, exclude_modules))
-    if not paths:
+    modules = dict(base.named_modules())
+    if isinstance(scheme, str | Mapping | Scheme):
+        plan = dict.fromkeys(own_weights(base, select(base, target_modules, exclude_modules)), scheme_of(scheme))
+    else:
+        plan = {p: scheme_of(group["scheme"]) for group in scheme for p in group["layers"]}
+    if not plan:
         raise LorakitError("quantize: no layer is left whose weight is its own and not quantised yet")
-    for p in paths:
-        _matrix(modules[p], plan, p)
+    for p, how in plan.items():
+        if p not in modules:
+            raise LorakitError(f"quantize: the model has no module `{p}`{near(p, modules)}")
+        _matrix(modules[p], how, p)
         _finite(modules[p]._parameters["weight"], p)
-    for p in paths:
-        pack(modules[p], plan, p, keep=keep)
-    _note(base)
+    for p, how in plan.items():
+        pack(modules[p], how, p, keep=keep)
+    note(base)
+    return model
+
+
+def forget(model: nn.Module) -> nn.Module:
+    """Drops the weights from before quantisation that `keep` kept; returns the same model."""
+    for layer in packed(model).values():
+        layer.original = None
     return model
 
 
@@ -97,12 +111,12 @@ def own_weights(model: nn.Module, paths: Sequence[str]) -> list[str]:
     return [p for p in paths if uses[id(modules[p]._parameters.get("weight"))] == 1]
 
 
-def _note(model: nn.Module) -> None:
+def note(model: nn.Module) -> None:
     """Where it is a model of transformers, its configuration says what is packed."""
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        from lorakit.quantized.hub import note
+        from lorakit.quantized.hub import write_config
 
-        note(model)
+        write_config(model)
 
 
 def packed(model: nn.Module) -> dict[str, PackedLayer]:
@@ -130,5 +144,5 @@ def dequantize(model: nn.Module) -> nn.Module:
         host.change_class(layer, store.plain)
         for k in ("scheme", "site", "shape", "raw", "turned", "compute", "original"):
             vars(layer).pop(k)
-    _note(base)
+    note(base)
     return model

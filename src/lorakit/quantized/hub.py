@@ -43,11 +43,9 @@ class Quantize(QuantizationConfigMixin):
         return {"quant_method": METHOD, "packed": self.packed}
 
 
-def note(model: nn.Module) -> None:
+def write_config(model: nn.Module) -> None:
     """Writes into the model's configuration what is packed in it, so that `save_pretrained` and a receipt say so."""
-    config, now = getattr(model, "config", None), described(model)
-    if config is None:
-        return
+    config, now = model.config, described(model)
     if now:
         config.quantization_config = Quantize(packed=now)
     elif getattr(getattr(config, "quantization_config", None), "quant_method", None) == METHOD:
@@ -102,7 +100,7 @@ class Loader(HfQuantizer):
             vars(module).pop("is_quantized", None)
         model.hf_quantizer = None
         vars(model).pop("quantization_method", None)
-        note(model)
+        write_config(model)
         return model
 
     def is_serializable(self):
