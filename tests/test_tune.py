@@ -254,10 +254,13 @@ def test_ten_failures_in_a_row_are_enough(base, tmp_path):
 @pytest.mark.parametrize("kind", ["median", "halving", "none"])
 def test_what_lags_is_stopped_but_never_the_default(base, tmp_path, kind):
     s = study(base, tmp_path, {"early_stopping": kind, "trials": 20})
-    for n in range(6):
-        with s.next(0) as (draw, _, _):
-            assert draw.default == (n == 0) and (not s.stops(draw, 1, 9.0 if draw.default else 1.0 - n / 10) or kind == "halving")
-            s.tell(draw, "complete", 1.0, {"steps": 8})
+    with s.next(0) as (first, _, _):
+        for n in range(6):
+            with s.next(0) as (draw, _, _):
+                assert not s.stops(draw, 1, 1.0 - n / 10), "the best so far"
+                s.tell(draw, "complete", 1.0, {"steps": 8})
+        assert first.default and not s.stops(first, 1, 9.0)
+        s.tell(first, "complete", 9.0, {"steps": 8})
     with s.next(0) as (draw, _, _):
         assert s.stops(draw, 1, 5.0) == (kind != "none")
         s.tell(draw, "stopped", None, {"steps": 2})
@@ -266,6 +269,24 @@ def test_what_lags_is_stopped_but_never_the_default(base, tmp_path, kind):
         s.tell(draw, "diverged", None, {"steps": 4})
     rows = s.rows()
     assert [r["state"] for r in rows[-2:]] == ["stopped", "diverged"] and rows[-2]["value"] is None and rows[-2]["course"] == [[1, 5.0]]
+
+
+def test_what_was_let_pass_is_let_pass_again(base, tmp_path):
+    """A trial that another process takes over is not stopped at an evaluation by those that came after it."""
+    s = study(base, tmp_path, {"early_stopping": "median", "trials": 20})
+    with s.next(0) as (draw, _, _):
+        s.tell(draw, "complete", 1.0, {})
+    with s.next(0) as (cut, _, _):
+        assert not s.stops(cut, 1, 0.4)
+        for _ in range(5):
+            with s.next(0) as (draw, _, _):
+                s.stops(draw, 1, 0.1)
+                s.tell(draw, "complete", 1.0, {})
+    with s.next(0) as (again, _, _):
+        assert again.number == cut.number and again.params == cut.params and not s.stops(again, 1, 0.4)
+        s.tell(again, "complete", 1.0, {})
+    with s.next(0) as (draw, _, _):
+        assert s.stops(draw, 1, 0.4), "a new one is"
 
 
 def test_other_settings_in_the_folder_are_named(base, tmp_path):

@@ -23,6 +23,7 @@ from lorakit.api import (
     mix,
     rows,
     save,
+    save_base,
     save_merged,
     shrink,
     trainable,
@@ -34,4 +35,4 @@ from lorakit.quantized import dequantize, quantize
 
 __version__ = "0.1.0"
 __all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "convert", "delete", "dequantize", "detach", "disabled", "freeze", "given",
-           "load", "merge", "merged", "mix", "quantize", "rows", "save", "save_merged", "shrink", "trainable", "unmerge", "verify"]
+           "load", "merge", "merged", "mix", "quantize", "rows", "save", "save_base", "save_merged", "shrink", "trainable", "unmerge", "verify"]

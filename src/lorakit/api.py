@@ -22,6 +22,7 @@ from lorakit.formats.base import opened
 from lorakit.formats.convert import Conversion
 from lorakit.formats.convert import convert as convert_
 from lorakit.formats.files import new_folder
+from lorakit.formats.receipt import compare_bases, fingerprint
 from lorakit.formats.receipt import probe as logits_of
 from lorakit.merges.mix import Mixed, Stats, mix_on
 from lorakit.merges.mix import mix as mix_
@@ -254,6 +255,32 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
     model = host.bare(model)
     path = folder.save(model, path, name, form=form, rank=rank, lineage=lineage)
     check_saved(path, model)
+    if repacked(model) and not Path(getattr(model, "name_or_path", "")).is_dir():
+        warnings.warn(f"{path}: its start made the quantised base anew, and this adapter fits no other; mend: lorakit.save_base(model, folder)", stacklevel=2)
+    return path
+
+
+def repacked(model: nn.Module) -> bool:
+    """Whether an adapter's start made the quantised base anew (init: loftq, lq-lora, or another with storage: base)."""
+    return any(s.repacked for s in host.slots(model).values())
+
+
+def save_base(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Path:
+    """Saves the base under the adapters as it is now, reads it back, and lets the adapters name it: what LoftQ and LQ-LoRA made of it is kept.
+
+    The folder appears whole or not at all. Raises LorakitError if what is on disk is another base, or adapters are merged.
+    """
+    path, base = Path(path), host.bare(model)
+    prints = fingerprint(base)
+    inside = tuple(f"{n}." for n, m in base.named_modules() if isinstance(m, host.Leaves | host.Holder))
+    with new_folder(path) as tmp:
+        base.save_pretrained(tmp, state_dict={k: t for k, t in base.state_dict().items() if not k.startswith(inside)} if inside else None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(tmp)
+        again = load_base(tmp, task_of(type(base).__name__), dtype=next(base.parameters()).dtype)
+        if diff := compare_bases(prints, fingerprint(again)):
+            raise LorakitError(f"the base read back from {path} is another: {diff[0]}")
+    base.config._name_or_path = base.name_or_path = str(path)
     return path
 
 

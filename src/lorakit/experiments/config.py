@@ -70,6 +70,7 @@ class Cell(Part):
     train: dict[str, Any] = Field({}, description="settings of `train` that differ in this cell")
     hooks: list[str | dict[str, Any]] | None = Field(None, description="in place of the hooks of all cells")
     base: bool = Field(False, description="true: the untouched base, measured and not trained; the same as adapter: none")
+    quantize: str | dict[str, Any] | None = Field(None, description="how the base's linear layers are kept in this cell, as base.quantize")
     backend: Literal["lorakit", "peft", "transformers"] = Field(
         "lorakit", description="whose layers train. peft: PEFT's own, the options are those of its configurations; transformers: adapter: full, every weight")
 
@@ -340,6 +341,9 @@ def _of_cell(shared: Mapping[str, Any], cell: Cell, where: str, s: Settings) -> 
     _no_fixed(cell.train, f"{where}: train", _keys(s))
     adapter = cell.adapter if cell.kind() == "lorakit" and cell.adapter else {"method": "lora"}
     out = {**shared, "train": {**shared.get("train", {}), **cell.train}, "adapter": adapter}
+    if cell.quantize is not None:
+        base = shared.get("base", {})
+        out["base"] = {**(base if isinstance(base, Mapping) else {"path": base}), "quantize": cell.quantize}
     return out if cell.hooks is None else {**out, "hooks": cell.hooks}
 
 

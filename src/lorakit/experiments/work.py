@@ -26,9 +26,9 @@ from lorakit.experiments.config import Trial
 from lorakit.experiments.locks import claimed
 from lorakit.formats.files import read_json, writing
 from lorakit.formats.folder import Folder
-from lorakit.proof import load_base_for
 from lorakit.training import data as d
 from lorakit.training import run as r
+from lorakit.training.base import reread
 from lorakit.training.measure import evaluate
 from lorakit.training.prepare import Prepared, prepare
 
@@ -184,7 +184,7 @@ def _trained(trial: Trial, p: Prepared, line: connection.Connection | None = Non
 def _merge_loss(run: r.Run, p: Prepared) -> float | None:
     """Of the saved adapter, on a base read anew; None for what cannot be merged."""
     folder = Folder(Path(run.output) / "adapter")
-    model = load_base_for(folder, run.base.path, run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code)
+    model = reread(run, folder)
     api.load(model, folder.path)
     live = measure.logits(model, p)
     try:

@@ -207,7 +207,7 @@ def _tensors(part: Part) -> Leaves:
     m = own.pop("m", None)
     core = lora_of(method)
     if core is not None:
-        out = {"lora_down.weight": own["A"], "lora_up.weight": own["B"], "alpha": torch.tensor(core.alpha)}
+        out = {"lora_down.weight": own["A"], "lora_up.weight": own["B"], "alpha": torch.tensor(core.s * core.r)}
     else:
         out = {method.core.key(k): t for k, t in own.items()} | {"alpha": torch.tensor(method.core.alpha)}
     return out if m is None else out | {"dora_scale": m.reshape(-1, *[1] * (max(m.dim(), 2) - 1))}

@@ -17,7 +17,7 @@ from lorakit.merges.steps import disjoint_mean, drop, elect, weighted
 def keep_probability(t: Tensor, density: float, epsilon: float) -> Tensor:
     """1 - p_j for every number of every row."""
     n = t.shape[-1]
-    order = t.abs().argsort(-1, descending=True, stable=True)
+    order = t.abs().argsort(dim=-1, descending=True, stable=True)
     place = torch.empty_like(t).scatter_(-1, order, torch.arange(n, dtype=t.dtype).expand(t.shape).contiguous())
     return density + epsilon / 2 - place * (epsilon / n)
 

@@ -106,8 +106,9 @@ class Mixing:
     def _opened(self, stats: Sequence[Stats] | None) -> list[Mapping[str, Tensor] | Any]:
         needs, n = self.rule.needs, len(self.sources)
         if bool(needs) != (stats is not None):
-            raise LorakitError(f"mix: {self.rule.name} needs the `{needs}` statistics of every adapter; mend: stats=[…], from lorakit.merges.stats" if needs else
-                               f"mix: {self.rule.name} looks at no statistics; mend: leave stats out")
+            name = self.rule.name
+            raise LorakitError(f"mix: {name} needs the `{needs}` statistics of every adapter; mend: stats=[…], from lorakit.merges.stats, or --data" if needs
+                               else f"mix: {name} looks at no statistics; mend: leave stats out")
         if stats is not None and len(stats) != n:
             raise LorakitError(f"mix: {n} adapters but statistics of {len(stats)}")
         return [s if isinstance(s, Mapping) else _Lazy(Path(s)) for s in stats or ()]
@@ -257,8 +258,8 @@ def _one_base(folders: Sequence[Folder]) -> list[str]:
             a, b = ({n: p for n, p in g.receipt["base"]["tensors"].items() if not (first.replaces(n) or f.replaces(n))} for g in (first, f))
             if diff := compare_bases(a, b):
                 more = f" (and {len(diff) - 3} more)" if len(diff) > 3 else ""
-                raise LorakitError(f"{first.path} and {f.path} were trained on different bases: {'; '.join(diff[:3])}{more}. Mend: adapters of one base, or pass "
-                                   "check_base=False if you know better")
+                raise LorakitError(f"{first.path} and {f.path} were trained on different bases: {'; '.join(diff[:3])}{more}. Mend: adapters of one base, or "
+                                   "pass check_base=False if you know better")
     return notes
 
 

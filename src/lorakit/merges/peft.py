@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -44,6 +45,7 @@ def _agreeing(tensors: Sequence[Tensor], weights: Sequence[float], how: str) -> 
     return summed([t * m for t, m in zip(weighted(tensors, weights), masks, strict=True)]) / count.clamp_min(1.0)
 
 
+@dataclass(frozen=True)
 class Peft(Rule):
     """One of PEFT's combinations."""
 
@@ -81,9 +83,10 @@ class Peft(Rule):
 
 
 STEPS = {"": (None, False), "magnitude-prune": (_top, False), "ties": (_top, True), "dare-linear": (_random, False), "dare-ties": (_random, True)}
+_own = {"__doc__": Peft.__doc__, "__module__": __name__}
 for _name, (_sparsify, _elects) in STEPS.items():
     for _apart in (True, False):
         _word = f"peft-{_name or 'linear'}" if _apart else f"peft-{_name}-svd".replace("--", "-")
-        _what = {"sparsify": _sparsify and staticmethod(_sparsify), "elects": _elects, "apart": _apart, "full": not _apart, "__doc__": Peft.__doc__}
+        _what = {"sparsify": _sparsify and staticmethod(_sparsify), "elects": _elects, "apart": _apart, "full": not _apart} | _own
         rule(_word, f"PEFT's {_word.removeprefix('peft-').replace('-', '_')}", "rule(B) rule(A)" if _apart else "rule(s B A)")(type("Peft", (Peft,), _what))
-rule("peft-cat", "PEFT's cat", "Σ w ΔW")(type("Peft", (Peft,), {}))
+rule("peft-cat", "PEFT's cat", "Σ w ΔW")(type("Peft", (Peft,), _own))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lorakit.errors import extra
-from lorakit.merges.base import Vector, cosines, gram, total
+from lorakit.merges.base import Vector, cosines, gram
 
 ROWS = 256
 PANELS = (("sign_agreement", "sign agreement"), ("interference", "interference"), ("cosine", "mean cosine of pairs"), ("norm_kept", "norm kept"))

@@ -34,7 +34,7 @@ def knots(vectors: Sequence[Vector]) -> tuple[list[Tensor], Back]:
         Q = torch.eye(parts[0].shape[-2], dtype=torch.float64)
     low = torch.linalg.qr(torch.cat(parts, -1).mT, mode="r").R.mT  # the same left vectors and values as the whole
     U, S, _ = torch.linalg.svd(low, full_matrices=False)
-    k = max(1, int((S > SMALLEST * S.amax(-1, keepdim=True).clamp_min(1e-300)).sum(-1).max())) if S.numel() else 0
+    k = max(1, int((SMALLEST * S.amax(-1, keepdim=True).clamp_min(1e-300) < S).sum(-1).max())) if S.numel() else 0
     U = U[..., :k]
     return [(U.mT @ p).float() for p in parts], lambda Z: {"factors": ((Q @ U).float(), Z)}
 

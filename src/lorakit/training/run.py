@@ -30,10 +30,10 @@ from lorakit.formats.folder import Folder
 from lorakit.formats.receipt import modules_table, versions
 from lorakit.hooks.base import build
 from lorakit.inits import INITS
-from lorakit.proof import load_base_for, verify
+from lorakit.proof import verify
 from lorakit.spec import Spec
 from lorakit.training import data as d
-from lorakit.training.base import bare
+from lorakit.training.base import bare, reread
 from lorakit.training.bridge import AdapterTrainer
 from lorakit.training.config import Run
 from lorakit.training.measure import evaluate, samples
@@ -145,6 +145,8 @@ def train(run: Run, *, resume: bool = False, say: Say = print, callbacks: Sequen
         raise LorakitError(f"packing: {type(model).__name__} lets packed rows attend to each other; mend: packing: false")
     if run.data.packing:
         model.config.use_cache = False  # transformers keeps packed pieces apart only without a cache
+    if api.repacked(model):
+        say(f"the start made the quantised base anew: saved at {api.save_base(model, out / 'base', p.tokenizer)}, which the adapter belongs to")
     with writing(out) as w:
         w.text("config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
     before, shown = evaluate(model, p), samples(model, p)
@@ -177,9 +179,7 @@ def train(run: Run, *, resume: bool = False, say: Say = print, callbacks: Sequen
 
 def proof(run: Run, adapter: Path) -> dict[str, Any]:
     """Verifies the saved adapter on a base read from disk anew."""
-    folder = Folder(adapter)
-    base = load_base_for(folder, run.base.path, run.base.dtype, revision=run.base.revision, trust_remote_code=run.base.trust_remote_code)
-    return verify(adapter, base).to_dict()
+    return verify(adapter, reread(run, Folder(adapter))).to_dict()
 
 
 def _trainer(p: Prepared, model: nn.Module, hooks: list) -> Any:
