@@ -364,16 +364,19 @@ EMBED = (["embed_tokens", "q_proj"], ["embed_tokens", "up_proj"])
     ("linear", [0.7, 0.3], {}, {}), ("linear", [0.7, -0.3], {}, {}), ("linear", [-1.3], {}, {}), ("linear", [0.5, 0.5], {}, {"targets": EMBED}),
     ("cat", [0.7, -0.3], {}, {}), ("cat", [1.0, 2.0], {}, {"ranks": (2, 5)}), ("cat", [1.0, 2.0, 0.5], {}, {"ranks": (2, 5, 3), "targets": EMBED}),
     ("svd", [0.7, -0.3], {}, {}), ("svd", [0.7, 0.3], {"svd_rank": 8}, {"ranks": (4, 3)}), ("svd", [0.7, 0.3], {"svd_rank": 2, "svd_clamp": 0.9}, {}),
-    ("svd", [0.7, 0.3], {"svd_full_matrices": False}, {"targets": EMBED}), ("svd", [2.0], {}, {})], ids=str)
+    ("svd", [0.7, 0.3], {"svd_full_matrices": False}, {"targets": EMBED}), ("svd", [2.0], {}, {}),
+    ("ties", [0.7, -0.3], {"density": 0.5}, {}), ("ties", [0.7, 0.3], {"density": 0.5, "majority_sign_method": "frequency"}, {"targets": EMBED}),
+    ("ties_svd", [0.7, -0.3], {"density": 0.5}, {}), ("ties_svd", [1.0, 1.0], {"density": 0.3, "svd_rank": 6}, {"ranks": (4, 2), "targets": EMBED}),
+    ("magnitude_prune", [0.7, 0.3], {"density": 0.4}, {}), ("magnitude_prune_svd", [0.7, 0.3], {"density": 0.4}, {}),
+    ("dare_linear", [0.7, 0.3], {"density": 1.0}, {}), ("dare_ties_svd", [0.7, 0.3], {"density": 1.0}, {})], ids=str)
 def test_weighted_adapters(kind, weights, options, more):
     a, b = (weighted(P, kind, weights, options, **more) for P in (theirs, ours))
     same({k: v for k, v in a.items() if k != "tensors" or kind != "cat"}, {k: v for k, v in b.items() if k != "tensors" or kind != "cat"}, 2e-5)
 
 
 def test_what_cannot_be_combined_is_refused_by_name():
-    for kind in ours.weights.LATER:
-        with pytest.raises(LorakitError, match=f"combination_type `{kind}` is not there yet"):
-            weighted(ours, kind, [1.0, 1.0], {})
+    with pytest.raises(LorakitError, match="peft-ties: density is needed"):
+        weighted(ours, "ties", [1.0, 1.0], {})
     with pytest.raises(LorakitError, match="`liner` is unknown; did you mean `linear`"):
         weighted(ours, "liner", [1.0, 1.0], {})
     with pytest.raises(LorakitError, match="of one rank, these have 4, 2"):

@@ -17,7 +17,7 @@ from torch import nn
 import lorakit
 from lorakit import LorakitError
 from lorakit.cli.app import app, run
-from lorakit.formats import files
+from lorakit.formats import files, kohya
 from lorakit.formats.base import FORMATS
 from lorakit.formats.gguf import ARCHITECTURES
 from lorakit.formats.receipt import probe
@@ -113,7 +113,8 @@ def test_without_a_base_the_same_is_written(tmp_path, to):
     assert done.logits is None and done.error < 1e-6
     assert torch.allclose(probe(lorakit.load(tiny.llama(), place(tmp_path, to))), want, atol=1e-4)
     if SUFFIX[to] == "" and to != "mlx":  # the source's receipt still holds
-        assert lorakit.verify(place(tmp_path, to), tiny.llama()).ok
+        report = lorakit.verify(place(tmp_path, to), tiny.llama())
+        assert report.ok and all(p.ok for p in report.points)
 
 
 def test_the_folder_ends_in_a_receipt_that_says_where_it_came_from(tmp_path):
@@ -500,6 +501,41 @@ def kohya_file(path: Path, **change) -> Path:
     return path
 
 
+@pytest.mark.parametrize("by", [1.001, 1e9])
+def test_a_file_that_holds_another_adapter_than_was_meant_does_not_appear(tmp_path, monkeypatch, by):
+    saved(tmp_path / "a", r=2)
+    right = kohya._tensors
+    monkeypatch.setattr(kohya, "_tensors", lambda part: right(part) | {"alpha": right(part)["alpha"] * by})
+    with pytest.raises(LorakitError, match=r"read back, the update of \S+ differs by .*this is a defect of lorakit"):
+        lorakit.convert(tmp_path / "a", tmp_path / "x.safetensors", "kohya")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+class Alike(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to, self.to_q = nn.ModuleDict({"q": nn.Linear(4, 4)}), nn.Linear(4, 4)
+
+
+def test_two_paths_of_one_flat_name_are_refused(tmp_path):
+    saved(tmp_path / "a", "lora", Alike(), r=2, target_modules=["to.q", "to_q"])
+    for base in (Alike(), None):
+        with pytest.raises(LorakitError, match="have one flat name, lora_unet_to_q"):
+            lorakit.convert(tmp_path / "a", tmp_path / "x.safetensors", "kohya", base)
+
+
+@pytest.mark.parametrize("to", ["kohya", "mlx", "vllm", "peft"])
+def test_nan_is_refused_also_without_a_base(tmp_path, to):
+    saved(tmp_path / "a", r=2)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    t = load_file(file)
+    next(iter(t.values()))[0, 0] = float("nan")
+    save_file(t, file)
+    with pytest.raises(LorakitError, match="lora_.*holds NaN or infinity"):
+        lorakit.convert(tmp_path / "a", place(tmp_path, to), to)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 BROKEN = {
     "no such module": (lambda p: save_file({k.replace("q_proj", "q_prj"): v for k, v in load_file(kohya_file(p)).items()}, p),
                        "q_prj` is no module of this base; did you mean `lora_te_model_layers_0_self_attn_q_proj`"),
@@ -592,6 +628,7 @@ def test_what_the_user_says_wrong_is_refused(tmp_path):
     said("is there already; mend: another name", dst="a", to="peft")
     said("gguf has no option `prefix`", prefix="lora_te")
     said("prefix: unknown `lora_tee`; did you mean `lora_te`", "x.safetensors", "kohya", prefix="lora_tee")
+    said("no adapter in a known format: .*mend: name its folder, which is peft", src="a/adapter_model.safetensors")
     (tmp_path / "empty").mkdir()
     said("empty is no adapter in a known format: .*the folder holds nothing", src="empty")
     assert {p.name for p in tmp_path.iterdir()} == {"a", "empty"}
@@ -602,6 +639,23 @@ def test_what_the_user_says_wrong_is_refused(tmp_path):
         lorakit.convert(tmp_path / "x.safetensors", tmp_path / "b", "peft")
     with pytest.raises(LorakitError, match="is a file, not an adapter folder; mend: lorakit convert"):
         lorakit.verify(tmp_path / "x.safetensors", tiny.llama()).raise_if_failed()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_base_without_the_adapters_modules_is_refused(tmp_path, to):
+    for recipe in ("lora", "lokr"):
+        saved(tmp_path / recipe, recipe, r=2, target_modules=["q_proj"])
+        (tmp_path / recipe / "receipt.json").unlink()
+        with pytest.raises(LorakitError, match=r"layers[._]1[._]self_attn[._]q_proj"):
+            lorakit.convert(tmp_path / recipe, place(tmp_path, to, recipe), to, tiny.llama(layers=1))
+        assert not place(tmp_path, to, recipe).exists()
+
+
+def test_lokr_on_a_convolution_is_not_held_by_kohya(tmp_path):
+    saved(tmp_path / "a", "lokr", Net(), r=1, target_modules=["0"])
+    with pytest.raises(LorakitError, match="this LoKr adapts a convolution, of which kohya's files cut the channels"):
+        lorakit.convert(tmp_path / "a", tmp_path / "x.safetensors", "kohya", Net())
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -87,13 +87,13 @@ def test_peft_reads_what_was_mixed(tmp_path):
     assert torch.allclose(tiny.logits(theirs), together([a, b], [1.0, 0.5]), atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe, kw, needs", [("dora", {}, True), ("loha", {}, False), ("oft", {"block_size": 4}, True), ("vera", {}, True), ("full", {}, True)])
+@pytest.mark.parametrize("recipe, kw, needs", [
+    ("dora", {}, True), ("loha", {}, False), ("oft", {"block_size": 4}, True), ("vera", {}, True), ("full", {"r": None}, True)])
 def test_another_method_goes_by_what_it_adds(tmp_path, recipe, kw, needs):
     a = saved(tmp_path / "a", r=2)
-    kw = kw if recipe != "full" else {"r": None}
     b = saved(tmp_path / "b", recipe, seed=2, **kw)
     if needs:
-        with pytest.raises(LorakitError, match="the base is needed to mix it; mend: base=, or --base"):
+        with pytest.raises(LorakitError, match="the base is needed to mix or compare it; mend: base=, or --base"):
             lorakit.mix([a, b], tmp_path / "c", "linear", rank=16)
         assert not (tmp_path / "c").exists()
     done = lorakit.mix([a, b], tmp_path / "c", "linear", rank=16, base=tiny.llama() if needs else None)
@@ -109,7 +109,7 @@ def test_another_method_goes_by_what_it_adds(tmp_path, recipe, kw, needs):
     assert json.loads((tmp_path / "d" / "receipt.json").read_text())["mix"]["error"] == few.error
 
 
-@pytest.mark.parametrize("base, targets", [(tiny.gpt2, ["c_attn", "wte"]), (tiny.llama, ["embed_tokens", "o_proj"]), (tiny.bert, ["query", "word_embeddings"])])
+@pytest.mark.parametrize("base, targets", [(tiny.gpt2, ["c_attn", "wte"]), (tiny.llama, ["embed_tokens", "o_proj"]), (tiny.opt, ["q_proj", "fc1"])])
 @pytest.mark.parametrize("with_base", [False, True])
 def test_on_other_layers(tmp_path, base, targets, with_base):
     a, b = (saved(tmp_path / n, seed=k, base=base, target_modules=targets, r=2 + k) for k, n in enumerate("ab"))
@@ -157,6 +157,8 @@ def test_ties_over_folders_is_ties_of_the_updates(tmp_path):
         assert torch.allclose(C[p], want, atol=1e-4)
     assert set(done.ranks.values()) == {16} and done.error < 1e-5
     assert set(lorakit.mix([a, b], tmp_path / "d", "ties", density=0.3).ranks.values()) == {4}  # the larger of the two, with an error
+    knots = lorakit.mix([a, b], tmp_path / "k", "knots", density=0.3)
+    assert set(knots.ranks.values()) == {6} and knots.error == 0  # that one stays in the factors
     every = torch.cat([t.abs().reshape(-1) for t in A.values()]).sort(descending=True).values
     lorakit.mix([a], tmp_path / "e", "magnitude-prune", density=0.3, scope="global", rank=16)
     cut = every[int(0.3 * len(every)) - 1]
@@ -216,7 +218,8 @@ def test_the_verb(tmp_path, call):
     assert code == 0 and "verified on the base" in out and "left out by the rank" in out, (out, err)
     code, out, err = call("mix", a, b, "--rule", "dare-linear", "--set", "density=0.5", "--weights", "1,-0.5", "-o", tmp_path / "d", "--json")
     assert code == 0 and json.loads(out)["weights"] == [1.0, -0.5] and json.loads(out)["options"]["density"] == 0.5, err
-    (tmp_path / "mix.yaml").write_text(f"adapters: [{a}, {b}]\nrule: knots\nweights: [0.6, 0.4]\noutput: {tmp_path / 'e'}\nrank: 2\noptions: {{density: 0.5}}\n")
+    e = tmp_path / "e"
+    (tmp_path / "mix.yaml").write_text(f"adapters: [{a}, {b}]\nrule: knots\nweights: [0.6, 0.4]\noutput: {e}\nrank: 2\noptions: {{density: 0.5}}\n")
     code, out, err = call("mix", tmp_path / "mix.yaml")
     assert code == 0 and (tmp_path / "e" / "receipt.json").is_file(), err
     (tmp_path / "bad.yaml").write_text(f"adapters: [{a}, {b}]\nruel: knots\n")
@@ -248,7 +251,6 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path):
     said("needs the `gram` statistics of every adapter; mend: stats=", rule="regmean")
     said("looks at no statistics", stats=[{}, {}])
     said("the mixed update is zero on every target", a, a, weights=[1, -1], rank=2)
-    said("there is no adapter to mix", rule="ties", output=tmp_path / "out2") if False else None
     said("b is there already; mend: another name", output=b)
     with pytest.raises(LorakitError, match="give a list of adapters"):
         lorakit.mix(a, tmp_path / "out")
@@ -319,3 +321,120 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, with_base):
         lorakit.mix([a, b], tmp_path / "out", base=model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
     assert model is None or host.find_state(model) is None or not lorakit.adapters(model)
+
+
+# With data
+
+
+def rows(path, texts):
+    path.write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in texts))
+    return path
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The embedded model with two adapters that learned one answer each, and their data."""
+    from lorakit.models import load_base, load_tokenizer
+    from lorakit.training import data as d
+
+    tok, out = load_tokenizer("embedded"), []
+    for n, (prompt, answer) in enumerate((("def f(x):", " return x + 1"), ("import os", " as operating"))):
+        torch.manual_seed(n)
+        model = lorakit.adapt(load_base("embedded", dtype="float32"), "lora", r=2, target_modules=["q_proj", "v_proj"])
+        batch = d.Collator(tok.pad_token_id)(d.encode([{"prompt": prompt, "completion": answer}], tok, 64, True, None).rows)
+        opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
+        for _ in range(12):
+            model(**batch).loss.backward()
+            opt.step()
+            opt.zero_grad()
+        lorakit.save(model.eval(), tmp_path / f"t{n}")
+        out.append((tmp_path / f"t{n}", rows(tmp_path / f"t{n}.jsonl", [(prompt, answer)])))
+    return out
+
+
+@pytest.mark.parametrize("rule", ["regmean", "fisher"])
+def test_rules_that_need_data_and_the_metrics_before_and_after(trained, tmp_path, rule):
+    from lorakit.experiments import mixing
+
+    (a, x), (b, y) = trained
+    done = mixing.run(mixing.read({"adapters": [str(a), str(b)], "rule": rule, "data": [str(x), str(y)], "output": str(tmp_path / "c"), "rank": 8}))
+    assert done.verified["ok"]
+    metrics = json.loads((tmp_path / "c" / "mix.json").read_text())["metrics"]
+    for row, own, other in zip(metrics, (a, b), (b, a), strict=True):
+        loss = {k: v["eval_loss"] for k, v in row.items() if k != "data"}
+        assert loss[str(own)] < loss["base"] and loss["mix"] < loss["base"] and loss[str(own)] < loss[str(other)]
+
+
+def test_statistics_are_what_they_say():
+    from lorakit.merges import stats
+
+    model = lorakit.adapt(tiny.llama(), "lora", r=2, target_modules=["q_proj", "embed_tokens"])
+    lorakit.activate(model)
+    x = tiny.ids()
+    mask = torch.ones_like(x)
+    mask[0, 3:] = 0
+    batches = [{"input_ids": x[:2], "attention_mask": mask[:2], "labels": x[:2]}, {"input_ids": x[2:], "attention_mask": mask[2:], "labels": x[2:]}]
+    seen = []
+    hook = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach()))
+    G = stats.grams(model, "default", batches)
+    hook.remove()
+    assert set(G) == {f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)}
+    X = torch.cat([t[b["attention_mask"].bool()] for t, b in zip(seen, batches, strict=True)]).double()
+    assert torch.allclose(G["model.layers.1.self_attn.q_proj"].double(), X.T @ X / len(X), atol=1e-5) and len(X) == int(mask.sum())
+    F = stats.fisher(model, "default", batches)
+    plain, want = tiny.llama(), 0
+    W = plain.model.layers[0].self_attn.q_proj.weight
+    for n in range(3):  # the adapter is at its start, where it adds nothing
+        plain.zero_grad()
+        plain(input_ids=x[n : n + 1], attention_mask=mask[n : n + 1], labels=x[n : n + 1]).loss.backward()
+        want = want + W.grad.square() / 3
+    assert torch.allclose(F["model.layers.0.self_attn.q_proj"], want, rtol=1e-3, atol=1e-9)
+    assert lorakit.active(model) == {}
+    with pytest.raises(LorakitError, match="a batch has no `labels`"):
+        stats.fisher(model, "default", [{"input_ids": x}])
+    with pytest.raises(LorakitError, match="no batch to look at"):
+        stats.grams(model, "default", [])
+
+
+def test_a_search_finds_the_weights_that_a_loss_asks_for():
+    """The loss is how far the output is from that of known weights; what was active comes back."""
+    from lorakit.merges.search import lorahub, scan
+
+    pytest.importorskip("cma")
+    model = tiny.llama()
+    g = torch.Generator().manual_seed(1)
+    for n in "abc":
+        lorakit.adapt(model, "lora", r=2, target_modules=TARGETS, name=n)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=g) * 0.3)
+    want = tiny.logits(lorakit.activate(model, "a", "b", "c", weights=[0.8, -0.6, 0.0]))
+    lorakit.activate(model, "b", weights=[0.5])
+
+    def loss(m):
+        return float((tiny.logits(m) - want).square().mean())
+
+    found = lorahub(model, "abc", loss, budget=150)
+    assert found.loss < 0.1 * found.before and len(found.tried) <= 150 and found.tried[0][0] == [0, 0, 0]
+    assert abs(found.weights[0] - 0.8) < 0.25 and abs(found.weights[1] + 0.6) < 0.25 and abs(found.weights[2]) < 0.25
+    assert all(abs(w) <= 1.5 for ws, _ in found.tried for w in ws) and lorakit.active(model) == {"b": 0.5}
+    assert lorahub(model, "abc", loss, budget=9).tried == found.tried[:9]  # seeded
+    want = tiny.logits(lorakit.activate(model, "a", weights=[0.75]))
+    found = scan(model, "a", loss)
+    assert found.weights == [0.75] and len(found.tried) == 5 and found.loss < 1e-9
+    with pytest.raises(LorakitError, match="scan goes over the weight of one adapter, not of 2"):
+        scan(model, "ab", loss)
+    with pytest.raises(LorakitError, match="lorahub weighs two adapters at least"):
+        lorahub(model, "a", loss)
+
+
+def test_a_search_over_saved_adapters(trained, tmp_path, call):
+    (a, x), (b, _) = trained
+    code, out, err = call("mix", a, b, "-o", tmp_path / "c", "--search", "lorahub", "--data", x)
+    assert code == 0, err
+    said = json.loads((tmp_path / "c" / "mix.json").read_text())
+    assert said["weights"] == said["search"]["weights"] and said["search"]["loss"] < said["search"]["before"] and len(said["search"]["tried"]) <= 40
+    assert said["metrics"][0]["mix"]["eval_loss"] == pytest.approx(said["search"]["loss"], abs=1e-3)
+    code, _, err = call("mix", a, b, "-o", tmp_path / "d", "--search", "lorahb", "--data", x)
+    assert code == 1 and "did you mean `lorahub`" in err and not (tmp_path / "d").exists()

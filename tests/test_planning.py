@@ -29,11 +29,15 @@ CONFIGS = {
 CASES = [("llama", "lora", {}), ("llama", "lora", {"r": 32, "target_modules": "attention"}), ("llama", "dora", {}), ("llama", "lora-fa", {}),
          ("llama", "lora-nonzero", {}), ("llama", "full", {}), ("llama", None, {}), ("tied", "lora", {"target_modules": ["embed_tokens", "q_proj"]}),
          ("gpt2", "lora", {}), ("gpt2", "dora", {"lora_dropout": 0.1}), ("opt", "lora", {"bias": "all"}), ("opt", "bitfit", {}),
-         ("llama", "lora", {"modules_to_save": ["norm"]}), ("llama", "lora", {"trainable_token_indices": [3, 4]})]
+         ("llama", "lora", {"modules_to_save": ["norm"]}), ("llama", "lora", {"trainable_token_indices": [3, 4]}),
+         ("llama", "lora", {"quantize": "nf4"}), ("gpt2", "dora", {"quantize": {"name": "int3", "group": 8}}), ("llama", "oft", {"quantize": "int8"})]
 
 
 def real(kind, adapter, options, checkpointing=False, dtype=torch.float32):
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=dtype).train()
+    options = dict(options)
+    if (scheme := options.pop("quantize", None)) is not None:
+        lorakit.quantize(model, scheme)
     if adapter:
         lorakit.adapt(model, adapter, **options)
     if checkpointing:
@@ -142,7 +146,7 @@ def test_the_guide_recommends_what_fits_and_says_why_not(goal, folders):
     step = {"batch": 3, "length": 40}
     free = advise(folders["llama"], goal, **step)
     assert free.method == GOALS[goal][1][0].method and free.why and "rank" in free.rank_rule
-    assert free.memory == memory(folders["llama"], free.method, gradient_checkpointing=free.checkpointing, **step, **free.options)
+    assert free.memory == memory(folders["llama"], free.method, gradient_checkpointing=free.checkpointing, quantize=free.quantize, **step, **free.options)
     last = None
     for limit in (free.memory.peak - 1,):
         tight = advise(folders["llama"], goal, limit, **step)
@@ -168,6 +172,11 @@ def test_the_command_line_recommends_times_and_draws(folders, tmp_path):
 
     told = json.loads(run("--goal", "memory", "--memory", "50MB", "--json").stdout)
     assert told["method"] == "lora-fa" and told["config"]["adapter"]["method"] == "lora-fa" and told["memory"]["peak"] < 50_000_000
+    assert told["config"]["base"]["quantize"] == "nf4", "least memory is with a base in 4 bits"
+    tight = json.loads(run("--goal", "quality", "--memory", "0.6MB", "--json").stdout)
+    assert tight["method"] is None or tight["memory"]["peak"] < 600_000
+    kept = json.loads(run("--methods", "lora", "--quantize", "nf4", "--json").stdout)["lora"]
+    assert kept["base"] < 0.8 * json.loads(run("--methods", "lora", "--json").stdout)["lora"]["base"]
     assert "Take lora" in run("--goal", "speed").stdout
     assert "did you mean `memory`" in run("--goal", "memroy").stderr
     timed = json.loads(run("--methods", "lora", "--time", "--json", "--picture", str(tmp_path / "plan.png")).stdout)

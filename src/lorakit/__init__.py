@@ -14,6 +14,7 @@ from lorakit.api import (
     convert,
     delete,
     detach,
+    diff,
     disabled,
     freeze,
     given,
@@ -34,5 +35,5 @@ from lorakit.proof import verify
 from lorakit.quantized import dequantize, quantize
 
 __version__ = "0.1.0"
-__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "convert", "delete", "dequantize", "detach", "disabled", "freeze", "given",
+__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "convert", "delete", "dequantize", "detach", "diff", "disabled", "freeze", "given",
            "load", "merge", "merged", "mix", "quantize", "rows", "save", "save_base", "save_merged", "shrink", "trainable", "unmerge", "verify"]

@@ -24,6 +24,8 @@ from lorakit.formats.convert import convert as convert_
 from lorakit.formats.files import new_folder
 from lorakit.formats.receipt import compare_bases, fingerprint
 from lorakit.formats.receipt import probe as logits_of
+from lorakit.merges.diff import Diff
+from lorakit.merges.diff import diff as diff_
 from lorakit.merges.mix import Mixed, Stats, mix_on
 from lorakit.merges.mix import mix as mix_
 from lorakit.merges.routes import route as by_route
@@ -234,6 +236,15 @@ def mix(adapters: Sequence[str | Path], output: str | Path, rule: str = "linear"
     if base is not None and not isinstance(base, nn.Module):
         base = load_base_for(folder.Folder(adapters[0]), base)
     return mix_(adapters, output, rule, weights, rank, None if base is None else host.bare(base), seed, stats, check_base, options)
+
+
+def diff(a: str | Path, b: str | Path, base: str | Path | nn.Module | None = None) -> Diff:
+    """What differs between two saved adapters: configurations, targets, ranks, and of each target the cosine between the updates, the ratio of
+    their norms, and their distance, from the factors. base: needed only where an update depends on the weight.
+    """
+    if base is not None and not isinstance(base, nn.Module):
+        base = load_base_for(folder.Folder(a), base)
+    return diff_(a, b, None if base is None else host.bare(base))
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:

@@ -214,13 +214,14 @@ def _is_end(key: str, end: str, name: str) -> bool:
     return len(bare) == len(end) and all(a in (b, ".") for a, b in zip(bare, end, strict=True)) and (key[0] != "^" or end == name)
 
 
-def _look(model: nn.Module, init: Init, spec: Spec, plan: Mapping[str, Method], data: Iterable | None) -> tuple[dict[str, Method], Mapping[str, Any]]:
+def _look(model: nn.Module, init: Init, spec: Spec, plan: Mapping[str, Method], data: Iterable | None,
+          found: Mapping[str, Any] | None) -> tuple[dict[str, Method], Mapping[str, Any]]:
     """The plan as a start that needs data wants it, and what it found for each target."""
-    if data is None:
+    if data is None and found is None:
         raise LorakitError(f"init {init.name} looks at data; mend: lorakit.adapt(…, data=batches), batches being dictionaries of the model's inputs")
     modules, options = dict(host.walk(model)), init.check(spec.init_options)
     starts = {p: (m, site_at(modules, p)) for p, m in plan.items() if init.unfit(m) is None}
-    found = init.collect(model, starts, islice(data, spec.init_options.get("batches")), options)
+    found = init.collect(model, starts, islice(data, spec.init_options.get("batches")), options) if found is None else found
     if missing := next((p for p in starts if p not in found), None):
         raise LorakitError(f"{missing}: init {init.name}: no batch reaches this layer; mend: other data, or leave it out of the targets")
     changed = init.allot({p: m for p, (m, _) in starts.items()}, found, options) if init.allot else {}
@@ -228,18 +229,19 @@ def _look(model: nn.Module, init: Init, spec: Spec, plan: Mapping[str, Method], 
     return plan, found
 
 
-def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], empty: bool = False, data: Iterable | None = None) -> None:
+def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], empty: bool = False, data: Iterable | None = None,
+           found: Mapping[str, Any] | None = None) -> None:
     """Puts a composition on the model for a plan already made (path -> method) and makes it the active adapter (the last, in a chain).
 
-    empty: leaves are left unset, about to be loaded. data: batches (dicts of the model's inputs) for a start that looks at some.
+    empty: leaves are left unset, about to be loaded. data: batches (dicts of the model's inputs) for a start that looks at some;
+    found: what such a start has seen already, target -> statistics, in their place.
     """
     init = INITS[spec.init] if spec.init else None
     if data is not None and not (init and init.collect):
         raise LorakitError(f"data: {f'init {spec.init}' if init else 'this start'} looks at no data; mend: leave it out, or init: "
                            + ", ".join(n for n, i in INITS.items() if i.collect))
-    found: Mapping[str, Any] = {}
     if init and init.collect and not empty:
-        plan, found = _look(model, init, spec, plan, data)
+        plan, found = _look(model, init, spec, plan, data, found)
     options, absorb = init.check(spec.init_options) if init else {}, False
     if init and init.nonzero and not empty:
         storage = "base" if init.joint else "none" if init.mends else spec.storage
@@ -252,7 +254,7 @@ def attach(model: nn.Module, name: str, spec: Spec, plan: Mapping[str, Method], 
         raise LorakitError(f"a start taken out of the base would part {next(iter(ties))} from the weight it is tied to; mend: storage: offset")
 
     def start(path, core, p, origin, gen):
-        return init(core, p, origin, gen, found.get(path), **options) if init.unfit(core) is None else None
+        return init(core, p, origin, gen, (found or {}).get(path), **options) if init.unfit(core) is None else None
 
     state = host.attach(model, name, plan, spec, dropout=spec.dropout, freeze=spec.freeze, start=start if init else None,
                         absorb=absorb, seed=spec.seed, empty=empty, ties=ties)

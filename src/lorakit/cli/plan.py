@@ -3,6 +3,7 @@
     lorakit plan embedded --batch 8 --length 256 --time --picture plan.png
     lorakit plan embedded --goal memory --memory 200MB
     lorakit plan meta-llama/Llama-3.1-8B --dtype bfloat16 --methods lora,dora,lora-fa,none --memory 24GB --checkpointing
+    lorakit plan meta-llama/Llama-3.1-8B --dtype bfloat16 --quantize nf4 --methods lora,dora
     lorakit plan runs/base --set r=32 --set target_modules=attention --json
 
 `none` is the base with everything training. `saved` is what the forward pass keeps for the backward pass; `peak` is the most that is
@@ -40,6 +41,7 @@ def plan(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default the checkpoint's")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd")] = "adamw",
     task: Annotated[str, typer.Option(help="causal-lm or sequence-classification")] = "causal-lm",
+    quantize: Annotated[str | None, typer.Option(help="how the linear layers are kept: nf4, nf3, nf2, int8, int6, int4, int3 or int2")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with gradient checkpointing")] = False,
     memory: Annotated[str | None, typer.Option(help="what there is, e.g. 16GB: says what fits")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an option of the adapter, e.g. --set r=16")] = None,
@@ -55,15 +57,18 @@ def plan(
 
     limit = _bytes(memory) if memory else None
     if goal:
-        told = advise(base, goal, limit, task=task, batch=batch, length=length, dtype=dtype, optimizer=optimizer, gradient_checkpointing=checkpointing)
+        told = advise(base, goal, limit, task=task, batch=batch, length=length, dtype=dtype, optimizer=optimizer, gradient_checkpointing=checkpointing,
+                      quantize=quantize)
         _advice(told, base, as_json)
         return
     options = dict(_pair(word) for word in sets or [])
     rows, plans = {}, {}
     for name in [m.strip() for m in methods.split(",") if m.strip()]:
+        if quantize and name in ("none", "full"):  # they train the weights themselves
+            continue
         mine = options if name not in ("none", "full") else {k: v for k, v in options.items() if k not in ("r", "lora_alpha", "lora_dropout")}
         one = {"adapter": None if name == "none" else name, "task": task, "batch": batch, "length": length, "dtype": dtype,
-               "gradient_checkpointing": checkpointing, **({} if name == "none" else mine)}
+               "gradient_checkpointing": checkpointing, "quantize": quantize, **({} if name == "none" else mine)}
         plans[name] = cost(base, optimizer=optimizer, **one)
         rows[name] = plans[name].to_dict()
         if timed:
@@ -94,7 +99,8 @@ def _advice(told, base: str, as_json: bool) -> None:
     if told.method is None:
         out.print(told.why, markup=False)
     else:
-        out.print(f"Take {told.method}: {told.why}. Peak {_human(told.memory.peak)}, {told.memory.trainable:,} numbers train.", markup=False)
+        name = told.method + (f" on {told.quantize}" if told.quantize else "")
+        out.print(f"Take {name}: {told.why}. Peak {_human(told.memory.peak)}, {told.memory.trainable:,} numbers train.", markup=False)
         out.print(yaml.safe_dump(told.config(base), sort_keys=False).rstrip(), markup=False)
     for name, why in told.ruled_out:
         out.print(f"Not {name}: {why}", markup=False)

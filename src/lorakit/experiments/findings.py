@@ -75,9 +75,9 @@ def verdict(final: dict[str, Any], a: str, b: str, name_a: str, name_b: str) -> 
 
 def ended(row: dict[str, Any], metric: str) -> str:
     """How a trial ended, in words."""
-    spent = f"{row['steps']} steps, {human(row['seconds'], 'seconds')}"
-    return {"complete": lambda: f"{metric} {row['value']:.4g}, {spent}", "failed": lambda: f"failed: {row['error']}", "running": lambda: "running",
-            "stopped": lambda: f"stopped early after {spent}", "diverged": lambda: f"not finite after {spent}"}[row["state"]]()
+    after = f"{row['steps']} steps, {human(row['seconds'], 'seconds')}"
+    return {"complete": lambda: f"{metric} {row['value']:.4g}, {after}", "failed": lambda: f"failed: {row['error']}", "running": lambda: "running",
+            "stopped": lambda: f"stopped early after {after}", "diverged": lambda: f"not finite after {after}"}[row["state"]]()
 
 
 def spent(record: dict[str, Any]) -> str:
@@ -89,9 +89,14 @@ def spent(record: dict[str, Any]) -> str:
             f"answer's, with {seeds} seed{'s' * (seeds > 1)}; the cost of the search comes on top of the answer's.")
 
 
+def verdicts(record: dict[str, Any]) -> list[str]:
+    """Whether the answer is better than the default, with the same run and, where it was asked for, with the same total."""
+    return [v["text"] for v in (record["verdict"], record["whole"]) if v]
+
+
 def lines(record: dict[str, Any]) -> list[str]:
-    """The verdict, the cost, the answer, in sentences."""
-    out = [record["verdict"]["text"], *([record["whole"]["text"]] if record["whole"] else []), spent(record)]
+    """The cost, the answer, what decides, in sentences."""
+    out = [spent(record)]
     best = next(r for r in record["trials"] if r["number"] == record["best"])
     first = next(r for r in record["trials"] if r["default"])
     out.append(f"On the judging rows: trial {best['number']} {human(best['value'])}, the default "
@@ -141,7 +146,7 @@ def markdown(record: dict[str, Any]) -> str:
              r["state"]] for r in ranked(record["trials"], record["higher_is_better"])]
     about = grid(["parameter", "space", "default", "best", "importance"],
                  [[a["name"], a["space"], a["default"] or "—", a["best"] or "—", human(a["importance"], "share")] for a in record["axes"]])
-    told = [f"- {x}" for x in [*lines(record), *failures(record)]]
+    told = [f"- {x}" for x in [*verdicts(record), *lines(record), *failures(record)]]
     return "\n".join([f"# {record['title']}", "", *told, "", "## On held-out data", "", table.markdown(record["final"]),
                       "## What was searched", "", *about, "", "## Trials", "", *grid(heads, rows), "", "## best.yaml", "", "```yaml",
                       record["yaml"].strip(), "```", ""])
@@ -177,5 +182,5 @@ def summary(record: dict[str, Any]) -> Any:
     for r in ranked(record["trials"], record["higher_is_better"])[:8]:
         grid.add_row(f"{r['number']}{' (default)' * r['default']}", human(r["value"]), *map(Text, cells(record, r)), r["state"])
     more = len(record["trials"]) - 8
-    first, *rest = [*lines(record), *failures(record)]
-    return Group(grid, *([Text(f"and {more} more trials", "dim")] if more > 0 else []), table.summary(record["final"]), Text(first, "bold"), *map(Text, rest))
+    told = [*(Text(x, "bold") for x in verdicts(record)), *map(Text, [*lines(record), *failures(record)])]
+    return Group(grid, *([Text(f"and {more} more trials", "dim")] if more > 0 else []), table.summary(record["final"]), *told)

@@ -43,7 +43,7 @@ body{padding:0;max-width:none;font-size:9.5pt;print-color-adjust:exact}.scroll{o
 .main th,.main td{padding:3px 5px 3px 0}.main tbody th{position:static;white-space:normal;overflow-wrap:anywhere}thead button{font-size:7.2pt;
 white-space:normal;word-break:normal}.main thead th{white-space:normal}thead button::after{width:0}thead{display:table-header-group}.bar{width:70px}
 .tag{font-size:6pt}h2,.note,caption{break-after:avoid}.plots{grid-template-columns:1fr 1fr}.curves{grid-template-columns:repeat(4,1fr)}
-.main td.tok,.main th.tok{display:none}}.strip{width:220px;height:16px}.strip circle{opacity:.75}
+.main td.tok,.main th.tok{display:none}}.strip{width:150px;height:16px}.strip circle{opacity:.75}
 .trials td.text{white-space:normal;min-width:5em;max-width:24em;overflow-wrap:anywhere}
 .trials th.text{text-align:left}"""
 

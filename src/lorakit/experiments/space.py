@@ -102,7 +102,7 @@ class Range:
         return trial.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
 
     def value(self, stored: Any) -> Any:
-        return stored
+        return int(stored) if self.whole else float(stored)
 
     stored = value
 
@@ -185,8 +185,8 @@ class Space:
         out = copy.deepcopy(self.settings)
         for key in [k for k in (WHOLE, METHOD) if k in params] + [k for k in params if k not in (WHOLE, METHOD)]:
             put(out, key, copy.deepcopy(params[key]))
-        if METHOD in params and WHOLE not in params:
-            name, given = params[METHOD], {k.partition(".")[2] for k in params}
+        name, given = params.get(METHOD), {k.partition(".")[2] for k in params}
+        if name is not None and name != self.settings.get("adapter", {}).get("method", "lora"):
             out["adapter"] = {k: v for k, v in out["adapter"].items() if k == "method" or k in given or takes(name, k, [v])}
         return out
 
@@ -196,7 +196,7 @@ class Space:
 
     def default(self, run: Run) -> dict[str, Any]:
         """{key: the default configuration's value}, of the keys that it has."""
-        return {k: v for k in self.axes if self._applies(k, {}) for v in _of(run, k)}
+        return {k: a.value(a.stored(v)) if a.has(v) else v for k, a in self.axes.items() if self._applies(k, {}) for v in _of(run, k)}
 
     def left(self, tried: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
         """The configurations that were not tried; None where there are too many to list."""
@@ -218,7 +218,6 @@ class Space:
         if top != "adapter" or not option or key == METHOD:
             return True
         adapter = drawn.get(WHOLE, self.settings.get("adapter", {}))
-        adapter = {"method": adapter} if isinstance(adapter, str) else adapter
         return takes(drawn.get(METHOD, adapter.get("method", "lora")), option, self.axes[key].samples())
 
 

@@ -74,7 +74,7 @@ def cloud(rows: Sequence[dict[str, Any]], axis: dict[str, Any], metric: str, hig
 
 def strip(rows: Sequence[dict[str, Any]], low: float, high: float) -> str:
     """The trials of one choice on the scale of all."""
-    wide, pad = 220.0, 6.0
+    wide, pad = 150.0, 6.0
     out = f'<svg class="strip" viewBox="0 0 {wide:g} 16" role="img"><title>{len(rows)} trials</title><line class="axis" x1="0" x2="{wide:g}" y1="8" y2="8"/>'
     for r in rows:
         if (v := reached(r)) is not None:

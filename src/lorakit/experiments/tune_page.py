@@ -82,14 +82,14 @@ def _slices(record: dict[str, Any]) -> str:
 
 def html(record: dict[str, Any]) -> str:
     """The whole report as one HTML text."""
-    final, (verdict, *rest) = record["final"], findings.lines(record)
+    final = record["final"]
     failed = "".join(f"<li>{esc(x)}</li>" for x in findings.failures(record))
     measured = any(a["importance"] is not None for a in record["axes"])
     about = "The share is PED-ANOVA's (arXiv 2304.10255), from the finished trials; with few of them it is rough." if measured else ""
     parts = [
         ("On held-out data", "All training rows, data that no trial saw, seeds that no trial had.", page.cells_table(final)),
         ("What differs", "", page.what_differs(final)),
-        ("What it took", "", f"<ul>{''.join(f'<li>{esc(x)}</li>' for x in rest)}</ul>"),
+        ("What it took", "", f"<ul>{''.join(f'<li>{esc(x)}</li>' for x in findings.lines(record))}</ul>"),
         ("What was searched", about, _axes(record)),
         ("How it went", "Values far from the best stand at the edge.", _plots(record)),
         ("Each parameter", "A point is a trial; hollow ones were stopped early. The others of its parameters differ too.", _slices(record)),
@@ -101,4 +101,4 @@ def html(record: dict[str, Any]) -> str:
     s = record["settings"]["search"]
     told = (f"{len(record['trials'])} trials ({esc(s['sampler'])}, early stopping: {esc(s['early_stopping'])}) on {esc(record['base'])}, "
             f"{esc(record['data']['train'])}")
-    return page.document(record, "search", told, esc(verdict), parts)
+    return page.document(record, "search", told, "<br>".join(map(esc, findings.verdicts(record))), parts)

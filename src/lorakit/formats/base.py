@@ -78,7 +78,8 @@ def detect(path: Path) -> Format:
     if known := next((f for f in FORMATS.values() if f.found(path)), None):
         return known
     held = f"the folder holds {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}" if path.is_dir() else f"it has {path.stat().st_size} bytes"
-    raise LorakitError(f"{path} is no adapter in a known format: {'; '.join(f'{f.name} is {f.looks_for}' for f in FORMATS.values() if f.looks_for)}; {held}")
+    raise LorakitError(f"{path} is no adapter in a known format: {'; '.join(f'{f.name} is {f.looks_for}' for f in FORMATS.values() if f.looks_for)}; {held}"
+                       + next((f"; mend: name its folder, which is {f.name}" for f in FORMATS.values() if path.is_file() and f.found(path.parent)), ""))
 
 
 def opened(path: str | Path, model: nn.Module) -> Folder:
@@ -173,4 +174,5 @@ def rank_stabilised(parts: Mapping[str, Part]) -> list[str]:
 
 
 def names_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of everything inside a model but what adapters put there."""
     return {n: m for n, m in host.walk(model) if n}

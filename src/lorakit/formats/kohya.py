@@ -30,6 +30,7 @@ from lorakit.sites import adaptable, site_for
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris")
 TEXT = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS")
 TUCKER = "a Tucker core, which the house has no place for; mend: train it without (use_tucker/use_cp off), or merge it into its model"
+CONV = "this LoKr adapts a convolution, of which kohya's files cut the channels and the house the whole kernel"
 Leaves = dict[str, Tensor]
 
 
@@ -55,7 +56,7 @@ def _lokr(where: str, t: Leaves, alpha: float | None) -> Part:
         raise LorakitError(f"{where}: this LoKr has {TUCKER}")
     leaves = {k.removeprefix("lokr_"): t.pop(k) for k in list(t) if k.startswith("lokr_w")}
     if any(x.dim() > 2 for x in leaves.values()):
-        raise LorakitError(f"{where}: this LoKr adapts a convolution, of which kohya's files cut the channels and the house the whole kernel")
+        raise LorakitError(f"{where}: {CONV}")
     sizes = [(leaves[n].shape[0], leaves[n].shape[1]) if n in leaves else (leaves[f"{n}_a"].shape[0], leaves[f"{n}_b"].shape[1]) for n in ("w1", "w2")]
     (l, m), (k, n) = sizes
     ranks = [leaves[f].shape[1] for f in ("w1_a", "w2_a") if f in leaves]
@@ -110,7 +111,7 @@ class Kohya(Format):
     def unfit(self, part):
         core = part.method.inner if isinstance(part.method, Magnitude) else part.method
         if type(core) in (LoHa, LoKr):
-            return "it adapts a convolution, which kohya cuts in another way" if type(core) is LoKr and any(t.dim() > 2 for t in part.leaves.values()) else None
+            return CONV if type(core) is LoKr and any(t.dim() > 2 for t in part.leaves.values()) else None
         return not_lora(part, magnitude=True, lookup=False, slides=True)
 
     def write(self, source, out, model, prefix=None, **options: Any):
@@ -118,12 +119,11 @@ class Kohya(Format):
         prefix = prefix or ("lora_te" if source.config.get("task_type") in TEXT or _reads_tokens(model) else "lora_unet")
         if prefix not in PREFIXES:
             raise LorakitError(f"prefix: unknown `{prefix}`{near(prefix, PREFIXES)}")
-        _paths(prefix, parts)  # refuses two of one name
         tensors, folded = {}, 0
         for path, part in parts.items():
-            if model is not None and isinstance(part.method.core, LoKr) and site_for(names_of(model)[path]).slides:
-                raise LorakitError(f"{path}: this LoKr adapts a convolution, of which kohya's files cut the channels and the house the whole kernel; mend: "
-                                   "rank=R, for a plain LoRA")
+            module = names_of(model).get(path) if model is not None else None
+            if module is not None and isinstance(part.method.core, LoKr) and site_for(module).slides:
+                raise LorakitError(f"{path}: {CONV}; mend: rank=R, for a plain LoRA")
             part, turned = _full_kronecker(part)
             folded += turned
             tensors |= {f"{flat(prefix, path)}.{k}": t.contiguous() for k, t in _tensors(part).items()}
@@ -181,7 +181,7 @@ def _part(where: str, tensors: Leaves, module: nn.Module) -> Part:
     if t:
         raise LorakitError(f"{where}: holds `{next(iter(t))}`, which this reader does not know")
     if isinstance(part.method, LoKr) and site_for(module).slides:
-        raise LorakitError(f"{where}: this LoKr adapts a convolution, of which kohya's files cut the channels and the house the whole kernel")
+        raise LorakitError(f"{where}: {CONV}")
     return part if scale is None else _with_magnitude(where, part, scale, module)
 
 

@@ -40,7 +40,7 @@ class VLLM(Format):
         made.receipt, made.changed = source.receipt, source.changed
         leaves = sorted({p.rpartition(".")[2] for p in parts})
         notes = [*rank_stabilised(given), *notes, f"rank {rank} for all: start vLLM with --enable-lora --max-lora-rank {room} or more"]
-        return [*notes, *peft_folder.write(made, out, model, target_modules=leaves, rank_pattern={}, alpha_pattern={})]
+        return [*notes, *peft_folder.write(made, out, model, target_modules=leaves)]
 
 
 KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "lora_dropout")

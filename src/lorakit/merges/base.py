@@ -127,7 +127,8 @@ class Rule(ABC):
     paper: ClassVar[str]
     formula: ClassVar[str]
     needs: ClassVar[str] = ""  # a statistic of each source and target: "gram", "fisher"
-    full: ClassVar[bool] = False  # the result has no low rank of its own, so that it is projected where no rank is given
+    full: ClassVar[bool] = False  # the result may be a matrix of full rank: where no rank is given, it is brought to that of the largest source
+    lowers: ClassVar[bool] = False  # and so is one that has factors
     weighs: ClassVar[bool] = True  # weights mean something
 
     def check(self, weights: Sequence[float]) -> None:
@@ -138,6 +139,11 @@ class Rule(ABC):
 
     @abstractmethod
     def merge(self, vectors: Sequence[Vector], weights: Sequence[float], at: At) -> Vector: ...
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The options with their default values."""
+        return {f.name: f.default for f in dataclasses.fields(cls)}
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

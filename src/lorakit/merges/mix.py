@@ -36,6 +36,7 @@ from lorakit.recipes import compose
 from lorakit.spec import attach
 
 Stats = Mapping[str, Tensor] | str | Path  # target -> statistic, or a safetensors file of them
+ROUNDING = 1e-6  # a mix smaller than this part of what went in is nothing
 MIX, PICTURE = "mix.json", "mix.png"
 
 
@@ -86,6 +87,7 @@ class Mixing:
         self.paths = list(dict.fromkeys(p for s in sources for p in s.paths))
         self._check(rule, weights)
         self.stats = self._opened(stats)
+        self.size = 0.0  # Σ (w_t |ΔW_t|)² over what was read
 
     def _check(self, name: str, given: Sequence[float] | None) -> None:
         n, w = len(self.sources), self.weights
@@ -128,6 +130,7 @@ class Mixing:
         whole = self.rule.survey(lambda: ((p, self.vectors(p)) for p in self.paths), len(self.sources))
         for path in self.paths:
             vectors = self.vectors(path)
+            self.size += sum((w * v.norm()) ** 2 for v, w in zip(vectors, self.weights, strict=True))
             stats = [s.get(path) for s in self.stats]
             for s, t in zip(self.sources, stats, strict=bool(stats)):
                 if t is not None and (t.shape[-1] != vectors[0].shape[-1] or not torch.isfinite(t).all()):
@@ -139,10 +142,10 @@ class Mixing:
             yield path, B, A, left, norm
 
     def _rank(self, path: str, vectors: Sequence[Vector], merged: Vector) -> int | None:
-        if self.rank is not None or (not self.rule.full and merged.factors is not None):
+        if self.rank is not None or (merged.factors is not None and not self.rule.lowers):
             return self.rank
         ranks = [v.rank for v in vectors if v.rank]
-        if not self.rule.full or not ranks:
+        if not (self.rule.full or self.rule.lowers) or not ranks:
             raise LorakitError(f"{path}: the mixed update is no product of thin factors there; mend: rank=R, for the nearest of rank R (its error is said)")
         return max(ranks)
 
@@ -168,33 +171,33 @@ def put(model: nn.Module, name: str, factors: Mapping[str, tuple[Tensor, Tensor]
     """Puts B and A of every target on the model as a plain LoRA, beside the others and not active."""
     plan: dict[str, Method] = {p: LoRA(A.shape[-2], float(A.shape[-2])) for p, (_, A) in factors.items()}
     rank = max(m.r for m in plan.values())
-    state = host.state_of(model)
-    active = dict(state.active)
+    state = host.find_state(model)
+    active = dict(state.active) if state else {}
     attach(model, name, compose(LoRA(rank, float(rank)), target_modules=list(plan), tie=tie, dropout=dropout), plan, empty=True)
-    state.active = active
+    host.state_of(model).active = active
     for path, (B, A) in factors.items():
         p = host.slots(model, name)[path].params(name)
         p["B"].copy_(B)
         p["A"].copy_(A)
 
 
-def _free(model: nn.Module, names: Sequence[str], new_name: str) -> None:
-    state = host.known(model, names)
-    if new_name in state.specs:
-        raise LorakitError(f"the model has an adapter `{new_name}` already")
-    if len({state.specs[n].tie for n in names}) > 1:
+def _like(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """What the new adapter takes over from the others: ties and dropout. LorakitError where they differ in what is tied."""
+    specs = [host.state_of(model).specs[n] for n in names]
+    if len({s.tie for s in specs}) > 1:
         raise LorakitError("mix: a head follows its tied embedding's adapter in some of the adapters and not in others")
+    return {"tie": specs[0].tie, "dropout": specs[0].dropout}
 
 
 def mix_on(model: nn.Module, names: Sequence[str], new_name: str, rule: str, weights: Sequence[float] | None, rank: int | None, seed: int,
            stats: Sequence[Stats] | None, options: dict[str, Any]) -> Mixed:
     """Adapters of a model as a new one beside them, not active."""
-    _free(model, names, new_name)
+    if new_name in host.known(model, names).specs:
+        raise LorakitError(f"the model has an adapter `{new_name}` already")
     m = Mixing([OnModel(model, n) for n in names], rule, weights, rank, seed, stats, options)
     done = Mixed(new_name, rule, m.rule.to_dict(), m.weights, [{"adapter": n} for n in names])
-    factors = _collect(m, done)
-    spec = host.state_of(model).specs[names[0]]
-    put(model, new_name, factors, spec.tie, spec.dropout)
+    like = _like(model, names)
+    put(model, new_name, _collect(m, done), **like)
     return done
 
 
@@ -204,7 +207,7 @@ def _collect(m: Mixing, done: Mixed, see: Callable | None = None) -> dict[str, t
         factors[path] = B.contiguous(), A.contiguous()
         done.ranks[path], done.errors[path] = A.shape[-2], left / norm if norm else 0.0
         square = [square[0] + left**2, square[1] + norm**2]
-    if not square[1]:
+    if square[1] <= ROUNDING**2 * m.size:
         raise LorakitError("mix: the mixed update is zero on every target")
     done.error = math.sqrt(square[0] / square[1])
     return factors
@@ -224,24 +227,25 @@ def mix(adapters: Sequence[str | Path], output: str | Path, rule: str, weights: 
     notes = _one_base(folders) if check_base else []
     before = _earlier(folders)
     with ExitStack() as stack:
-        sources = [InFolder(f) for f in folders] if model is None else [_loaded(model, f, n, check_base, stack) for n, f in enumerate(folders)]
+        sources = [InFolder(f) for f in folders] if model is None else [loaded(model, f, n, check_base, stack) for n, f in enumerate(folders)]
         m = Mixing(sources, rule, weights, rank, seed, stats, options)
         done = Mixed(str(output), rule, m.rule.to_dict(), m.weights, [_said(f) for f in folders], notes=notes)
+        like = None if model is None else _like(model, [s.adapter for s in sources])
 
         def see(path: str, vectors: list[Vector], merged: Vector) -> None:
             done.modules[path] = told.row(vectors, m.weights, merged)
 
         factors = _collect(m, done, see)
-        done.summary = told.overall(done.modules)
-        steps = [*before, *(lineage.entry(f, "mix")[-1] | {"weight": w} for f, w in zip(folders, m.weights, strict=True))]
-        with new_folder(output) as tmp:
-            if model is None:
-                done.notes += _write(tmp, folders, factors, done, steps)
-            else:
-                _save(tmp, model, folders, factors, steps)
-            _finish(tmp, done)
-            done.verified = _proved(tmp, model, factors)
-            write_json(tmp / MIX, done.to_dict())
+    done.summary = told.overall(done.modules)
+    steps = [*before, *(lineage.entry(f, "mix")[-1] | {"weight": w} for f, w in zip(folders, m.weights, strict=True))]
+    with new_folder(output) as tmp:
+        if model is None:
+            done.notes += _write(tmp, folders, factors, done, steps)
+        else:
+            _save(tmp, model, factors, like, steps, {k: v for k in KEPT[:3] if (v := folders[0].config.get(k)) is not None})
+        _finish(tmp, done)
+        done.verified = _proved(tmp, model, factors)
+        write_json(tmp / MIX, done.to_dict())
     return done
 
 
@@ -278,7 +282,7 @@ def _said(f: Folder) -> dict[str, Any]:
             "base": receipt.get("base", {}).get("digest")}
 
 
-def _loaded(model: nn.Module, f: Folder, n: int, check_base: bool, stack: ExitStack) -> OnModel:
+def loaded(model: nn.Module, f: Folder, n: int, check_base: bool, stack: ExitStack) -> OnModel:
     """The adapter on the base until the stack closes."""
     name, state = f"mixed{n}_", host.find_state(model)
     active = dict(state.active) if state else {}
@@ -288,15 +292,17 @@ def _loaded(model: nn.Module, f: Folder, n: int, check_base: bool, stack: ExitSt
     return OnModel(model, name, str(f.path))
 
 
-def _save(tmp: Path, model: nn.Module, folders: Sequence[Folder], factors: Mapping[str, tuple[Tensor, Tensor]], steps: Sequence[Mapping[str, Any]]) -> None:
-    state, name = host.state_of(model), "mixed_"
-    specs = [state.specs[f"mixed{n}_"] for n in range(len(folders))]
-    _free(model, [f"mixed{n}_" for n in range(len(folders))], name)
-    put(model, name, factors, specs[0].tie, specs[0].dropout)
+def _save(tmp: Path, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], like: Mapping[str, Any], steps: Sequence[Mapping[str, Any]],
+          config: Mapping[str, Any]) -> None:
+    name, state = "mixed_", host.find_state(model)
+    active = dict(state.active) if state else {}
+    put(model, name, factors, **like)
     try:
-        files.save(model, tmp, name, lineage=steps, config={k: v for k in KEPT[:3] if (v := folders[0].config.get(k)) is not None})
+        files.save(model, tmp, name, lineage=steps, config=config)
     finally:
         host.delete(model, name)
+        if state:
+            state.active = active
 
 
 def _write(tmp: Path, folders: Sequence[Folder], factors: Mapping[str, tuple[Tensor, Tensor]], done: Mixed, steps: Sequence[Mapping[str, Any]]) -> list[str]:

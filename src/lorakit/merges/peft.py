@@ -79,7 +79,7 @@ class Peft(Rule):
         size = [math.sqrt(abs(w * v.scale)) for v, w in zip(vectors, weights, strict=True)]
         signed = [math.copysign(k, w * v.scale) for k, v, w in zip(size, vectors, weights, strict=True)]
         A = self.combine([v.factors[1] for v in vectors], signed, at.gen)
-        return Vector((self.combine([v.factors[0] / v.scale for v in vectors], size, at.gen), A))
+        return Vector((self.combine([v.factors[0] / (v.scale or 1.0) for v in vectors], size, at.gen), A))
 
 
 STEPS = {"": (None, False), "magnitude-prune": (_top, False), "ties": (_top, True), "dare-linear": (_random, False), "dare-ties": (_random, True)}
@@ -87,6 +87,6 @@ _own = {"__doc__": Peft.__doc__, "__module__": __name__}
 for _name, (_sparsify, _elects) in STEPS.items():
     for _apart in (True, False):
         _word = f"peft-{_name or 'linear'}" if _apart else f"peft-{_name}-svd".replace("--", "-")
-        _what = {"sparsify": _sparsify and staticmethod(_sparsify), "elects": _elects, "apart": _apart, "full": not _apart} | _own
+        _what = {"sparsify": _sparsify and staticmethod(_sparsify), "elects": _elects, "apart": _apart, "lowers": not _apart} | _own
         rule(_word, f"PEFT's {_word.removeprefix('peft-').replace('-', '_')}", "rule(B) rule(A)" if _apart else "rule(s B A)")(type("Peft", (Peft,), _what))
 rule("peft-cat", "PEFT's cat", "Σ w ΔW")(type("Peft", (Peft,), _own))

@@ -61,19 +61,20 @@ def picture(rows: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
         raise extra("matplotlib", "train") from e
     at = {p: _place(p) for p in rows}
     blocks, kinds = (list(dict.fromkeys(a[n] for a in at.values())) for n in (0, 1))
-    fig = Figure(figsize=(2.2 + 2.9 * len(PANELS), max(2.8, 1.4 + 0.26 * len(blocks))), dpi=150, facecolor="white", layout="constrained")
+    wide, high = 1.0 + 2.7 * len(PANELS), 1.9 + 0.22 * max(len(blocks), 3)
+    fig = Figure(figsize=(wide, high), dpi=110, facecolor="white")
     fig.suptitle(title, fontsize=10)
     for n, (key, label) in enumerate(PANELS):
         grid = [[float("nan")] * len(kinds) for _ in blocks]
         for p, (b, k) in at.items():
             grid[blocks.index(b)][kinds.index(k)] = rows[p][key]
-        ax = fig.add_subplot(1, len(PANELS), n + 1)
-        low, high, colours = {"cosine": (-1, 1, "RdBu")}.get(key, (0, max(1.0, *(r[key] for r in rows.values())), "viridis"))
-        shown = ax.imshow(grid, aspect="auto", vmin=low, vmax=high, cmap=colours)
+        ax = fig.add_axes(((0.6 + 2.7 * n) / wide, 1.2 / high, 1.9 / wide, 0.22 * max(len(blocks), 3) / high))
+        bottom, top, colours = {"cosine": (-1, 1, "RdBu")}.get(key, (0, max(1.0, *(r[key] for r in rows.values())), "viridis"))
+        shown = ax.imshow(grid, aspect="auto", vmin=bottom, vmax=top, cmap=colours)
         ax.set_title(label, fontsize=9)
-        ax.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize=7)
+        ax.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
         ax.set_yticks(range(len(blocks)), blocks if n == 0 else [""] * len(blocks), fontsize=7)
-        fig.colorbar(shown, ax=ax, shrink=0.85).ax.tick_params(labelsize=7)
+        fig.colorbar(shown, ax=ax, ticks=[bottom, (bottom + top) / 2, top], format="%.2g").ax.tick_params(labelsize=7)
     fig.savefig(path, format="png")
 
 

@@ -55,7 +55,7 @@ class InFolder:
             raise self._needs_base("it adapts parameters that are read, not called")
 
     def _needs_base(self, why: str) -> LorakitError:
-        return LorakitError(f"{self.name}: {why}, so that the base is needed to mix it; mend: base=, or --base")
+        return LorakitError(f"{self.name}: {why}, so that the base is needed to mix or compare it; mend: base=, or --base")
 
     def vector(self, path: str) -> Vector:
         part = self.parts[path]

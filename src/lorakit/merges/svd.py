@@ -13,4 +13,4 @@ from lorakit.merges.linear import Linear
 
 @rule("svd", "Weighted sum at a rank", "svd_q(Σ w ΔW)")
 class SVD(Linear):
-    full = True
+    lowers = True

@@ -33,7 +33,7 @@ class Time:
 
 
 def seconds(base: str | Path, adapter: str | Any = "lora", *, task: str = "causal-lm", batch: int = 8, length: int = 512, dtype: str | None = None,
-            gradient_checkpointing: bool = False, at_least: float = 1.0, **options: Any) -> Time:
+            gradient_checkpointing: bool = False, quantize: str | Any = None, at_least: float = 1.0, **options: Any) -> Time:
     """What a step takes here. at_least: seconds of measuring for each of the two small models; the median of its steps counts."""
     config = config_of(base, task)
     kind = dtype_of(dtype)
@@ -42,6 +42,8 @@ def seconds(base: str | Path, adapter: str | Any = "lora", *, task: str = "causa
     told = []
     for n in (1, 2):
         model = getattr(transformers, TASKS[task]).from_config(shallow(config, n), dtype=kind).train()
+        if quantize is not None:
+            api.quantize(model, quantize)
         if adapter is not None:
             api.adapt(model, adapter, **options)
         if gradient_checkpointing:

@@ -125,16 +125,18 @@ def step(model: nn.Module, batch: int, length: int) -> tuple[int, int, int]:
         model(input_ids=ids, labels=labels)
     with Live(model) as live:
         out = model(input_ids=ids, labels=labels)
-        logits = out.logits.untyped_storage().nbytes()
-        out.loss.backward()
+        logits, loss = out.logits.untyped_storage().nbytes(), out.loss
+        del out  # as a trainer does, so that the logits go when the loss no longer needs them
+        loss.backward()
     return sum(saved.values()), logits, live.peak
 
 
 def memory(base: str | Path, adapter: str | Any = "lora", *, task: str = "causal-lm", batch: int = 8, length: int = 512, dtype: str | None = None,
-           optimizer: str = "adamw", gradient_checkpointing: bool = False, **options: Any) -> Memory:
+           optimizer: str = "adamw", gradient_checkpointing: bool = False, quantize: str | Any = None, **options: Any) -> Memory:
     """What one training step of an adapter takes, from the base's configuration alone. Options are those of `lorakit.adapt`.
 
-    adapter: None for the base with everything training. LorakitError for an unknown optimiser, task, or a batch below 1.
+    adapter: None for the base with everything training. quantize: how its linear layers are kept, as `lorakit.quantize` takes it. LorakitError for
+    an unknown optimiser, task, scheme, or a batch below 1.
     """
     import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -149,6 +151,8 @@ def memory(base: str | Path, adapter: str | Any = "lora", *, task: str = "causal
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = getattr(transformers, TASKS[task]).from_config(config, dtype=kind).train()
+        if quantize is not None:
+            api.quantize(model, quantize)
         whole = _bytes(model)
         if adapter is not None:
             api.adapt(model, adapter, **options)

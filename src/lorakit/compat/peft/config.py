@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from lorakit.compat.peft.start_configs import MADE, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, made_of
 from lorakit.errors import LorakitError, near
 from lorakit.formats.files import read_json
 from lorakit.formats.peft import CONFIG, OWN, RECEIPT, TENSORS
@@ -179,10 +180,10 @@ class LoraConfig(PeftConfig):
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
     velora_config: Any = None
     alora_invocation_tokens: list[int] | None = None
@@ -211,6 +212,19 @@ class LoraConfig(PeftConfig):
                 raise LorakitError(f"{name} has no meaning beside target_modules as a string; mend: name the layers in the regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
             raise LorakitError("layers_pattern has no meaning without layers_to_transform")
+        self._starts()
+
+    def _starts(self) -> None:
+        """The settings of a start, as objects; those of another start than this one are named in a warning."""
+        for start, (name, cls) in MADE.items():
+            value = made_of(name, getattr(self, name))
+            if start == self.init_lora_weights:
+                if value is None and cls is LoftQConfig:
+                    raise LorakitError("LoraConfig: init_lora_weights 'loftq' needs a `loftq_config`; mend: loftq_config=LoftQConfig(loftq_bits=4)")
+                value = value or cls()
+            elif value is not None:
+                warnings.warn(f"LoraConfig: `{name}` is not used, init_lora_weights being {self.init_lora_weights!r}", stacklevel=4)
+            setattr(self, name, (dataclasses.asdict(value) if value else {}) if cls is LoftQConfig else value)
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
@@ -219,7 +233,7 @@ class LoraConfig(PeftConfig):
 
 
 # Options whose function is not there: anything but PEFT's default is refused by name.
-ABSENT = ("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens",
+ABSENT = ("megatron_config", "velora_config", "alora_invocation_tokens",
           "use_qalora", "monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config")
 PASSED = ("target_parameters", "bias", "lora_bias", "trainable_token_indices", "ensure_weight_tying")
 STARTS: dict[Any, Any] = {True: None, False: {"name": "nonzero", "storage": "none"}, "gaussian": "gaussian", "orthogonal": "orthogonal-pair"}
@@ -247,7 +261,7 @@ def check(config: Any) -> LoraConfig:
         if (value := getattr(config, name)) != getattr(fresh, name) and value is not None:
             raise LorakitError(f"LoraConfig: `{name}` is not there yet in lorakit.compat.peft; mend: leave it at {getattr(fresh, name)!r}")
     start = config.init_lora_weights
-    known = start in STARTS or any((start == n or start in i.aliases) and not i.collect for n, i in INITS.items())
+    known = start in STARTS or start in MADE or any((start == n or start in i.aliases) and not i.collect for n, i in INITS.items())
     if not known and not re.fullmatch(r"pissa_niter_\d+", str(start)):
         raise LorakitError(f"LoraConfig: init_lora_weights `{start}` is not there yet in lorakit.compat.peft{near(str(start), [*map(str, STARTS), *INITS])}")
     return config
@@ -257,6 +271,13 @@ def _names(value: Sequence[str] | str | None) -> list[str] | str | None:
     if isinstance(value, str):
         return value if value == "all-linear" else f"(?:{value})"  # a string is one regular expression in PEFT, whatever it looks like
     return value if value is None else sorted(value)
+
+
+def _start(config: LoraConfig) -> Any:
+    if config.init_lora_weights in MADE:
+        name, _ = MADE[config.init_lora_weights]
+        return made_of(name, getattr(config, name)).start()
+    return STARTS.get(config.init_lora_weights, config.init_lora_weights)
 
 
 def options_of(config: LoraConfig, model: nn.Module) -> dict[str, Any]:
@@ -278,7 +299,7 @@ def options_of(config: LoraConfig, model: nn.Module) -> dict[str, Any]:
         "target_modules": [] if config.target_modules is None else _names(config.target_modules), "exclude_modules": _names(config.exclude_modules) or None,
         "layers_to_transform": config.layers_to_transform, "layers_pattern": pattern if isinstance(pattern, str) or not pattern else f"(?:{'|'.join(pattern)})",
         "rank_pattern": config.rank_pattern or {}, "alpha_pattern": config.alpha_pattern or {}, "modules_to_save": saved or None,
-        "init": STARTS.get(config.init_lora_weights, config.init_lora_weights),
+        "init": _start(config),
     } | {k: getattr(config, k) for k in PASSED if getattr(config, k) != getattr(fresh, k)}
 
 

@@ -240,13 +240,13 @@ class LoraModel(nn.Module):
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
                              svd_rank: int | None = None, svd_clamp: float | None = None, svd_full_matrices: bool = True, svd_driver: str | None = None,
                              density: float | None = None, majority_sign_method: str = "total") -> None:
-        """A new adapter made of others: "linear", "cat" or "svd". It is neither active nor trains."""
+        """A new adapter made of others, by what PEFT computes (`lorakit.merges.peft`). It is neither active nor trains."""
         if adapter_name in self.peft_config:
             warnings.warn(f"there is an adapter `{adapter_name}` already; nothing is done", stacklevel=2)
             return
         self.peft_config[adapter_name] = files.add_weighted(
             self.model, self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank, svd_clamp=svd_clamp,
-            svd_full_matrices=svd_full_matrices, svd_driver=svd_driver)
+            svd_full_matrices=svd_full_matrices, svd_driver=svd_driver, density=density, majority_sign_method=majority_sign_method)
 
 
 # Status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -19,13 +19,15 @@ from lorakit.compat.peft.config import LoraConfig, PeftConfig, plan_of
 from lorakit.errors import LorakitError, near
 from lorakit.formats import folder
 from lorakit.formats.peft import PREFIX as WRAPPED
+from lorakit.merges import ROWS
+from lorakit.merges.base import At, Vector, project
+from lorakit.merges.peft import Peft
 from lorakit.method import Method
 from lorakit.methods.lora import LoRA
 from lorakit.recipes import compose
 from lorakit.spec import attach
 
-LATER = ("ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
-COMBINATIONS = ("linear", "cat", "svd")
+COMBINATIONS = {name.removeprefix("peft-").replace("-", "_"): cls for name, (cls, _) in ROWS.items() if issubclass(cls, Peft)}
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -130,25 +132,25 @@ def _factors(slot: host.Slot, name: str) -> tuple[LoRA, Tensor, Tensor] | None:
     return method, p["A"], p["B"]
 
 
-def combine(slot: host.Slot, adapters: Sequence[str], weights: Sequence[float], kind: str, rank: int,
+def combine(slot: host.Slot, adapters: Sequence[str], weights: Sequence[float], rule: Peft, rank: int,
             options: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """A and B of the combination on one layer, at scale 1. "linear" mixes A and B apart, so products of different adapters come in; "cat" does not."""
+    """A and B of the combination on one layer, at scale 1, by a rule of `lorakit.merges.peft`; where that is for a rank, of this rank."""
     parts = [(w, *f) for a, w in zip(adapters, weights, strict=True) if (f := _factors(slot, a))]
     if not parts:
         return None
-    if kind == "cat":
-        return torch.cat([A * (w * m.s) for w, m, A, _ in parts]), torch.cat([B for *_, B in parts], 1)
-    if kind == "linear":
-        c = [(math.copysign(math.sqrt(abs(w * m.s)), w * m.s), math.sqrt(abs(w * m.s))) for w, m, *_ in parts]
-        return sum(k * A for (k, _), (_, _, A, _) in zip(c, parts, strict=True)), sum(k * B for (_, k), (*_, B) in zip(c, parts, strict=True))
-    delta = sum(w * m.s * (B @ A) for w, m, A, B in parts)
-    U, S, Vh = torch.linalg.svd(delta, full_matrices=options["svd_full_matrices"], driver=options["svd_driver"])
+    vectors = [Vector((B * m.s, A), scale=m.s) for _, m, A, B in parts]
+    merged = rule.merge(vectors, [w for w, *_ in parts], At(slot.path))
+    if not rule.lowers:
+        return merged.factors[1], merged.factors[0]
+    if options["svd_clamp"] is None:
+        B, A, *_ = project(merged, rank)
+        more = min(rank, *merged.shape) - A.shape[0]  # PEFT's factors have the rank that was asked for
+        return F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
+    U, S, Vh = torch.linalg.svd(merged.dense(), full_matrices=options["svd_full_matrices"], driver=options["svd_driver"])
     k = min(rank, len(S))
     B, A = U[:, :k] * S[:k], Vh[:k]
-    if options["svd_clamp"] is not None:
-        top = torch.quantile(torch.cat([B.flatten(), A.flatten()]), options["svd_clamp"])
-        B, A = B.clamp(-top, top), A.clamp(-top, top)
-    return A, B
+    top = torch.quantile(torch.cat([B.flatten(), A.flatten()]), options["svd_clamp"])
+    return A.clamp(-top, top), B.clamp(-top, top)
 
 
 @torch.no_grad()
@@ -158,18 +160,18 @@ def add_weighted(base: nn.Module, configs: Mapping[str, LoraConfig], adapters: S
     host.known(base, adapters)
     kind = "linear" if len(adapters) == 1 and kind in COMBINATIONS else kind
     if kind not in COMBINATIONS:
-        more = " is not there yet in lorakit.compat.peft" if kind in LATER else " is unknown" + near(kind, [*COMBINATIONS, *LATER])
-        raise LorakitError(f"add_weighted_adapter: combination_type `{kind}`{more}; there are {', '.join(COMBINATIONS)}")
+        raise LorakitError(f"add_weighted_adapter: combination_type `{kind}` is unknown{near(kind, COMBINATIONS)}; there are {', '.join(COMBINATIONS)}")
     if len(weights) != len(adapters):
         raise LorakitError(f"add_weighted_adapter: {len(adapters)} adapters but {len(weights)} weights")
     for a in adapters:
         if not isinstance(configs[a], LoraConfig):
             raise LorakitError(f"add_weighted_adapter: the adapter `{a}` is in lorakit's own format, which PEFT's configuration cannot say")
     ranks = [max(configs[a].r, *(configs[a].rank_pattern or {}).values(), 0) for a in adapters]
-    if kind == "linear" and len(set(ranks)) > 1:
-        raise LorakitError(f"add_weighted_adapter: `linear` needs adapters of one rank, these have {', '.join(map(str, ranks))}; mend: combination_type='cat'")
-    r = {"linear": ranks[0], "cat": sum(ranks), "svd": rank or max(ranks)}[kind]
-    new = {p: f for p, s in host.slots(base).items() if (f := combine(s, adapters, weights, kind, r, options))}
+    rule = COMBINATIONS[kind](**{k: options.pop(k) for k in ("density", "majority_sign_method")})
+    if rule.apart and len(set(ranks)) > 1:
+        raise LorakitError(f"add_weighted_adapter: `{kind}` needs adapters of one rank, these have {', '.join(map(str, ranks))}; mend: combination_type='cat'")
+    r = (rank or max(ranks)) if rule.lowers else ranks[0] if rule.apart else sum(ranks)
+    new = {p: f for p, s in host.slots(base).items() if (f := combine(s, adapters, weights, rule, r, options))}
     plan: dict[str, Method] = {p: LoRA(A.shape[0], float(A.shape[0])) for p, (A, _) in new.items()}
     state = host.state_of(base)
     active = state.active

@@ -1,0 +1,132 @@
+"""Three adapters, each trained on a real task, mixed by every rule: what is left of each task.
+
+    python -m benchmarks.mix_tasks ../shared/data --out docs/mix.md
+
+stories260k (a 260-thousand-parameter Llama that writes children's stories) learns restaurant descriptions (E2E), Shakespeare and WikiText;
+LoRAHub weighs the three on five utterances to an assistant (CLINC150), which none of them saw. The figure is the loss by the token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import lorakit
+from lorakit.experiments import mixing
+from lorakit.formats.folder import Folder, beside
+from lorakit.merges import ROWS
+from lorakit.merges.search import lorahub
+from lorakit.merges.stats import COLLECT
+from lorakit.models import load_base
+from lorakit.training import config as c
+from lorakit.training import run as r
+from lorakit.training.measure import evaluate
+
+TASKS = ("E2E", "Shakespeare", "WikiText")
+UNSEEN = "CLINC150"
+RULES = [("linear", {}, None), ("linear", {"normalize": True}, None), ("svd", {}, None), ("svd", {}, [1 / 3] * 3), ("byom", {}, None),
+         ("magnitude-prune", {"density": 0.5}, None), ("ties", {"density": 0.5}, None), ("ties", {"density": 0.5, "scale": 1.5}, None), ("ties", {"density": 0.5, "scope": "global"}, None),
+         ("knots-ties", {"density": 0.5}, None), ("dare-linear", {"density": 0.5}, None), ("dare-ties", {"density": 0.5}, None), ("della", {}, None),
+         ("knots-dare-ties", {"density": 0.5}, None), ("breadcrumbs", {"density": 0.5}, None), ("model-stock", {}, None), ("regmean", {}, None),
+         ("fisher", {}, None), ("peft-linear", {}, None), ("peft-ties", {"density": 0.5}, None), ("peft-ties-svd", {"density": 0.5}, None), ("peft-dare-ties", {"density": 0.5}, None)]
+
+
+def texts(data: Path) -> dict[str, list[str]]:
+    """Pieces of about 300 letters of each task, in a fixed random order."""
+    corpora = data / "text-corpora"
+    shakespeare = (corpora / "tinyshakespeare.txt").read_text(encoding="utf-8").split("\n\n")
+    wiki = [line.strip() for a in json.loads((corpora / "wikitext_1000.json").read_text(encoding="utf-8")) for line in a.splitlines() if len(line) > 120]
+    clinc = json.loads((data / "clinc150" / "data_full.json").read_text(encoding="utf-8"))["test"]
+    out = {"E2E": (data / "e2e" / "valid.txt").read_text(encoding="utf-8").splitlines(),
+           "Shakespeare": ["\n\n".join(shakespeare[n : n + 3]) for n in range(0, len(shakespeare) - 3, 3)], "WikiText": wiki, UNSEEN: [t for t, _ in clinc]}
+    for some in out.values():
+        random.Random(0).shuffle(some)
+    return {k: [t[:300] for t in v] for k, v in out.items()}
+
+
+def write(path: Path, rows: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in rows), encoding="utf-8")
+    return str(path)
+
+
+def train(base: str, file: str, out: Path, steps: int, rank: int) -> Path:
+    """An adapter of all linear layers."""
+    raw = {"base": base, "adapter": {"method": "lora", "r": rank}, "data": {"train": file, "max_length": 128, "eval_fraction": 0}, "eval": {"samples": 0},
+           "train": {"batch_size": 8, "max_steps": steps, "learning_rate": 5e-3, "threads": 1, "lr_scheduler_type": "cosine"}, "output": str(out)}
+    r.train(c.parse(raw), say=lambda s: None)
+    return out / "adapter"
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("data", type=Path)
+    ap.add_argument("--steps", type=int, default=150)
+    ap.add_argument("--rank", type=int, default=8)
+    ap.add_argument("--heldout", type=int, default=48)
+    ap.add_argument("--out", type=Path)
+    a = ap.parse_args()
+    torch.set_num_threads(1)
+    base, start = str(a.data / "stories260k" / "hf-llama-fp32"), time.process_time()
+    every, model = texts(a.data), load_base(base, dtype="float32")
+    with tempfile.TemporaryDirectory() as where:
+        tmp = Path(where)
+        held = {k: mixing.prepared(base, {"train": write(tmp / f"{k}-held.jsonl", v[: a.heldout]), "max_length": 128}) for k, v in every.items()}
+        file = {k: write(tmp / f"{k}.jsonl", every[k][a.heldout : a.heldout + 8 * a.steps]) for k in TASKS}
+        seen = {k: mixing.prepared(base, {"train": write(tmp / f"{k}-some.jsonl", every[k][a.heldout : a.heldout + 32]), "max_length": 128}) for k in TASKS}
+        few = mixing.prepared(base, {"train": write(tmp / "few.jsonl", every[UNSEEN][a.heldout : a.heldout + 5]), "max_length": 128})
+        alone = {k: train(base, file[k], tmp / k, a.steps, a.rank) for k in TASKS}
+        joint = write(tmp / "joint.jsonl", [t for k in TASKS for t in every[k][a.heldout : a.heldout + 8 * a.steps]])
+        together = train(base, joint, tmp / "joint", 3 * a.steps, a.rank)
+
+        def losses(adapter: Path | None) -> list[float]:
+            if adapter is None:
+                return [evaluate(model, p)["eval_loss"] for p in held.values()]
+            with beside(model, Folder(adapter)):
+                return [evaluate(model, p)["eval_loss"] for p in held.values()]
+
+        rows = [("the base", "", "", losses(None)), *((f"{k} alone", a.rank, "", losses(p)) for k, p in alone.items()),
+                ("joint training, three times the steps", a.rank, "", losses(together))]
+        stats = {what: [mixing.collect(model, str(alone[k]), seen[k], what) for k in TASKS] for what in COLLECT}
+        for n, (rule, options, weights) in enumerate(RULES):
+            needs = ROWS[rule][0].needs
+            given = {"stats": stats[needs]} if needs else {}
+            done = lorakit.mix(list(alone.values()), tmp / f"mix{n}", rule, weights=weights, **given, **options)
+            how = ", ".join([f"{k} {v}" for k, v in options.items()] + ([f"weights {weights[0]:.2f}"] if weights else []))
+            rows.append((f"`{rule}`{f' ({how})' if how else ''}", max(done.ranks.values()), f"{done.error:.1%}", losses(tmp / f"mix{n}")))
+            print(rows[-1], flush=True)
+        names = [k.lower() for k in TASKS]
+        for name, p in zip(names, alone.values(), strict=True):
+            lorakit.load(model, p, name)
+        found = lorahub(model, names, lambda m: evaluate(m, few)["eval_loss"])
+        lorakit.detach(model)
+        lorakit.mix(list(alone.values()), tmp / "lorahub", weights=found.weights)
+        rows.append((f"`lorahub`, weights {', '.join(f'{w:.2f}' for w in found.weights)}", 3 * a.rank, "", losses(tmp / "lorahub")))
+    text = page(rows, a, time.process_time() - start, list(held))
+    print(text)
+    if a.out:
+        a.out.write_text(text, encoding="utf-8")
+
+
+def page(rows: list[tuple], a: argparse.Namespace, seconds: float, columns: list[str]) -> str:
+    lines = ["# Three tasks mixed by every rule", "",
+             f"Made by `python -m benchmarks.mix_tasks DATA --steps {a.steps}` on {datetime.date.today()} in {seconds:.0f} s of processor time "
+             f"({platform.machine()}, one thread, torch {torch.__version__}).", "", *(line for line in (__doc__ or "").strip().splitlines()[4:]), "",
+             f"Each adapter: LoRA, rank {a.rank}, every linear layer, {a.steps} steps of 8 pieces of at most 128 tokens, learning rate 5e-3. Weights are 1 unless "
+             f"a rule says otherwise; one seed, no tuning; {a.heldout} held-out pieces of each task, so that differences of a few hundredths mean nothing. "
+             "\"Left out\" is the part of the merged update's norm that the result's rank has no room for. `slerp` goes between two adapters and is not here.", "",
+             "| | rank | left out | " + " | ".join(columns) + " | mean of the three |", "|---|---:|---:|" + "---:|" * (len(columns) + 1)]
+    for name, rank, left, losses in rows:
+        lines.append(f"| {name} | {rank} | {left} | " + " | ".join(f"{x:.3f}" for x in losses) + f" | {sum(losses[:3]) / 3:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
