@@ -214,8 +214,8 @@ def test_the_report_and_the_lineage(tmp_path):
 def test_the_verb(tmp_path, call):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=2)
     tiny.llama().save_pretrained(tmp_path / "base")
-    code, out, err = call("mix", a, b, "--rule", "ties", "--density", 0.3, "--weights", "0.6,0.4", "-o", tmp_path / "c", "--base", tmp_path / "base")
-    assert code == 0 and "verified on the base" in out and "left out by the rank" in out, (out, err)
+    code, out, err = call("mix", a, b, "--rule", "ties", "--density", 0.3, "--weights", 0.6, 0.4, "-o", tmp_path / "c", "--base", tmp_path / "base")
+    assert code == 0 and "+0.6 ×" in out and "+0.4 ×" in out and "verified on the base" in out and "left out by the rank" in out, (out, err)
     code, out, err = call("mix", a, b, "--rule", "dare-linear", "--set", "density=0.5", "--weights", "1,-0.5", "-o", tmp_path / "d", "--json")
     assert code == 0 and json.loads(out)["weights"] == [1.0, -0.5] and json.loads(out)["options"]["density"] == 0.5, err
     e = tmp_path / "e"

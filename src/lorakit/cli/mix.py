@@ -57,10 +57,10 @@ def mix(
             options = ", ".join(f"{k}={v}" for k, v in (cls.defaults() | preset).items())
             out.print(f"{name:<26}{cls.title}: {cls.formula}{f'  [{options}]' if options else ''}", markup=False)
         return
-    paths = [str(a) for a in adapters or []]
+    paths, numbers = mixing.sorted_out([str(a) for a in adapters or []], weights or ())
     from_file = len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml")
     raw: dict[str, Any] = read_yaml(paths[0]) if from_file else {"adapters": paths}
-    given = {"output": output and str(output), "rule": rule, "weights": mixing.numbers(weights or ()), "rank": rank, "base": base, "data": data or None,
+    given = {"output": output and str(output), "rule": rule, "weights": numbers, "rank": rank, "base": base, "data": data or None,
              "seed": seed, "search": search}
     raw |= {k: v for k, v in given.items() if v is not None}
     for word in sets or ():

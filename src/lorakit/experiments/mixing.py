@@ -58,15 +58,22 @@ def read(raw: Mapping[str, Any], where: str = "mix") -> Mix:
         raise LorakitError(f"{where}: {'; '.join(lines)}") from None
 
 
-def numbers(words: Sequence[str]) -> list[float] | None:
-    """Weights from the command line: `0.6,0.4`, or the option given again for each."""
+def sorted_out(words: Sequence[str], weights: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Adapters and weights from the command line: `--weights 0.6,0.4`, `-w 0.6 -w 0.4`, or `--weights 0.6 0.4`, whose second comes as an argument."""
+    loose = [w for w in words if weights and _number(w) is not None and not Path(w).exists()]
     out = []
-    for word in (w for many in words for w in many.split(",")):
-        try:
-            out.append(float(word))
-        except ValueError:
-            raise LorakitError(f"--weights: `{word}` is no number; mend: --weights 0.6,0.4") from None
-    return out or None
+    for word in [w for many in weights for w in many.split(",")] + loose:
+        if (x := _number(word)) is None:
+            raise LorakitError(f"--weights: `{word}` is no number; mend: --weights 0.6,0.4")
+        out.append(x)
+    return [w for w in words if w not in loose], out or None
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def at_hand(adapters: Sequence[str], base: str | None) -> str | None:

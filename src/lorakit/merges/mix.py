@@ -133,7 +133,8 @@ class Mixing:
             self.size += sum((w * v.norm()) ** 2 for v, w in zip(vectors, self.weights, strict=True))
             stats = [s.get(path) for s in self.stats]
             for s, t in zip(self.sources, stats, strict=bool(stats)):
-                if t is not None and (t.shape[-1] != vectors[0].shape[-1] or not torch.isfinite(t).all()):
+                *_, o, i = vectors[0].shape
+                if t is not None and (tuple(t.shape) not in ((o, i), (i, i)) or not torch.isfinite(t).all()):
                     raise LorakitError(f"{path}: the statistics of {s.name} have shape {list(t.shape)}, or hold NaN; they are not of this target")
             merged = self.rule.merge(vectors, self.weights, At(path, host.generator(self.seed, path), whole, stats))
             B, A, left, norm = project(merged, self._rank(path, vectors, merged))

@@ -23,7 +23,7 @@ from lorakit.stores.layer import PREFIX, PackedLayer, packed_class
 from lorakit.stores.scheme import Scheme, has_values, scheme_of
 from lorakit.targets import select
 
-__all__ = ["dequantize", "described", "forget", "note", "own_weights", "pack", "packed", "prepare", "quantize"]
+__all__ = ["dequantize", "described", "forget", "note", "own_weights", "pack", "packed", "prepare", "quantize", "unpack"]
 
 
 def _matrix(module: nn.Module, scheme: Scheme, path: str) -> tuple[tuple[int, int], bool]:
@@ -139,10 +139,16 @@ def dequantize(model: nn.Module) -> nn.Module:
     if host.find_state(base):
         raise LorakitError("the model has adapters; mend: lorakit.merge(model), which thaws the layers it writes, or lorakit.detach(model) first")
     for layer in packed(base).values():
-        store = layer.site.store
-        store.thaw(store.read())
-        host.change_class(layer, store.plain)
-        for k in ("scheme", "site", "shape", "raw", "turned", "compute", "original"):
-            vars(layer).pop(k)
+        unpack(layer)
     note(base)
     return model
+
+
+@torch.no_grad()
+def unpack(layer: PackedLayer, W: Tensor | None = None) -> None:
+    """Makes an ordinary layer of a packed one, with the numbers that it stands for, or W as its weight."""
+    store = layer.site.store
+    store.thaw(store.read() if W is None else W.to(store.device))
+    host.change_class(layer, store.plain)
+    for k in ("scheme", "site", "shape", "raw", "turned", "compute", "original"):
+        vars(layer).pop(k)

@@ -122,7 +122,7 @@ class NormalFloat(Scheme):
             return parts["absmax"][a:b]
         first, last = a // NESTED, -(-b // NESTED)
         nested = parts["nested_absmax"][first:last].repeat_interleave(NESTED)[a - first * NESTED : b - first * NESTED]
-        return torch.addcmul(parts["offset"], look_up(parts["absmax"], DYNAMIC, 8, a, b, torch.float32), nested)
+        return look_up(parts["absmax"], DYNAMIC, 8, a, b, torch.float32) * nested + parts["offset"]  # rounded twice, as in bitsandbytes: no addcmul
 
     def rows(self, parts, at, shape, dtype):
         n, m = shape
@@ -131,7 +131,7 @@ class NormalFloat(Scheme):
         blocks = (at[:, None] * (m // self.block) + torch.arange(m // self.block, device=at.device)).view(-1)
         c = parts["absmax"][blocks]
         if self.double_quant:
-            c = torch.addcmul(parts["offset"], look_up(c, DYNAMIC, 8, 0, len(c), torch.float32), parts["nested_absmax"][blocks // NESTED])
+            c = look_up(c, DYNAMIC, 8, 0, len(c), torch.float32) * parts["nested_absmax"][blocks // NESTED] + parts["offset"]
         flat = look_up(parts["codes"].view(n, -1)[at].view(-1), CODES[self.bits], self.bits, 0, len(at) * m, torch.float32)
         return flat.view(-1, self.block).mul_(c[:, None]).view(-1, m).to(dtype)
 

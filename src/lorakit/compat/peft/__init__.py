@@ -44,6 +44,7 @@ from lorakit.compat.peft.model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from lorakit.compat.peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from lorakit.compat.peft.prompts import (
     AdaptionPromptConfig,
     CPTConfig,
@@ -54,9 +55,12 @@ from lorakit.compat.peft.prompts import (
     PromptTuningConfig,
     PromptTuningInit,
 )
+from lorakit.compat.peft.start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from lorakit.compat.peft.starts import get_eva_state_dict, initialize_lora_eva_weights, preprocess_corda, preprocess_loraga
 from lorakit.compat.peft.tuner import LoraModel, get_layer_status, get_model_status, inject
 from lorakit.compat.peft.weights import get_peft_model_state_dict, set_peft_model_state_dict
 from lorakit.errors import LorakitError
+from lorakit.quantized import packed as packed_layers
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
@@ -92,7 +96,7 @@ def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Module, adapter_n
 def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict | None = None,
                                     auto_clear_cache: bool = True) -> nn.Module:
     """Freezes the model and casts 16-bit weights to float32; on a quantised one also turns gradient checkpointing on."""
-    kbit = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    kbit = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False) or bool(packed_layers(model))
     packed = getattr(model, "quantization_method", None) in ("gptq", "aqlm", "eetq", "torchao", "hqq") or getattr(model, "hqq_quantized", False)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -198,13 +202,17 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "CPTConfig",
+    "CordaConfig",
+    "EvaConfig",
     "FourierFTConfig",
     "HRAConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "MissConfig",
@@ -229,12 +237,18 @@ __all__ = [
     "VBLoRAConfig",
     "VeraConfig",
     "cast_mixed_precision_params",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
     "set_peft_model_state_dict",
 ]

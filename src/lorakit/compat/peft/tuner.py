@@ -16,6 +16,7 @@ from lorakit import host
 from lorakit.api import untie
 from lorakit.compat.peft import weights as files
 from lorakit.compat.peft.config import LoraConfig, PeftConfig, plan_of
+from lorakit.compat.peft.starts import begun
 from lorakit.errors import LorakitError
 from lorakit.spec import attach
 
@@ -34,7 +35,8 @@ def inject(model: nn.Module, name: str, config: PeftConfig, state_dict: Mapping[
     """Puts a new adapter on the base and makes it active; the keys of `state_dict`, if given, name its targets."""
     paths = list(dict.fromkeys(k.partition(".lora_")[0].removeprefix("base_model.model.") for k in state_dict or () if ".lora_" in k))
     spec, plan = plan_of(config, model, paths)
-    attach(model, name, spec, plan)
+    with begun(model, config, spec, plan) as found:
+        attach(model, name, spec, plan, found=found)
     require_grad(model, {name: not config.inference_mode})
 
 
