@@ -3,7 +3,8 @@
     python -m benchmarks.mix --out docs/mix-speed.md
 
 Every cell is a process of its own: time is the processor time of the one call, memory is what the call adds to the process's peak. All with
-one thread, random factors, float32. A cell that takes longer than --limit seconds ends there.
+one thread, random factors, float32. A cell that takes longer than --limit seconds of processor time ends there. --rows keeps what is finished
+for the next start.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -22,12 +24,14 @@ from pathlib import Path
 
 SHAPES = {"1B: 2048×2048 + 5632×2048 + 2048×5632": [(2048, 2048), (5632, 2048), (2048, 5632)],
           "7B: 4096×4096": [(4096, 4096)], "7B: 11008×4096": [(11008, 4096)]}
+ONE, SQUARE, WIDE = SHAPES
+CELLS = [(ONE, 2, "svd"), (ONE, 2, "ties_svd"), (ONE, 2, "dare_ties_svd"), (ONE, 3, "svd"), (SQUARE, 2, "svd"), (WIDE, 2, "svd"), (SQUARE, 2, "ties_svd")]
 KINDS = {"svd": {}, "ties_svd": {"density": 0.2}, "dare_ties_svd": {"density": 0.5}}
 WAYS = ("PEFT", "dense SVD", "lorakit")
 RANK = 16
 
 
-def one(way: str, kind: str, shapes: list, n: int) -> dict[str, float]:
+def one(way: str, kind: str, shapes: list, n: int, limit: float) -> dict[str, float]:
     """Seconds and bytes of one combination of n adapters."""
     import torch
     from torch import nn
@@ -50,6 +54,7 @@ def one(way: str, kind: str, shapes: list, n: int) -> dict[str, float]:
     factors = [[tuple(dict(wrapped.named_parameters())[f"base_model.model.l{k}.lora_{x}.{name}{'.weight' if way == 'PEFT' else ''}"].detach() for x in "BA")
                 for name in names] for k in range(len(shapes))]
     torch.linalg.svd(torch.randn(64, 64))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + limit) + 1, resource.RLIM_INFINITY))
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -65,33 +70,36 @@ def one(way: str, kind: str, shapes: list, n: int) -> dict[str, float]:
 
 def cell(way: str, kind: str, shapes: list, n: int, limit: float) -> dict[str, float] | None:
     """The same in a process of its own; None where it took too long."""
-    command = [sys.executable, "-m", "benchmarks.mix", "--one", json.dumps([way, kind, shapes, n])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=limit, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    except subprocess.TimeoutExpired:
+    command = [sys.executable, "-m", "benchmarks.mix", "--limit", str(limit), "--one", json.dumps([way, kind, shapes, n])]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode == -signal.SIGXCPU:
         return None
+    done.check_returncode()
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def page(rows: list[dict], a: argparse.Namespace, load: float) -> str:
-    import torch
-
+def page(rows: list[dict], a: argparse.Namespace) -> str:
     import peft
+    import torch
 
     def say(c: dict | None) -> str:
         return f"> {a.limit:g} s" if c is None else f"{c['seconds']:.3g} s, {c['bytes'] / 2**20:.0f} MiB"
 
+    loads = [r["load"] for r in rows]
     lines = ["# Combining adapters: time and memory", "",
-             f"Made by `python -m benchmarks.mix --limit {a.limit:g}` on {datetime.date.today()}: {platform.machine()}, {os.cpu_count()} cores, one thread, load "
-             f"{load:.1f} from other work (times are processor time), torch {torch.__version__}, PEFT {peft.__version__}. Rank {RANK} adapters made one of rank {RANK}; "
-             "each cell is a process of its own; memory is what the call adds to its peak.", "",
-             "`svd` stays in the factors: a QR of each stack and a decomposition of its size. The others act on every number of the update, so that it has to be "
-             "formed; its nearest of the rank comes from the eigenvectors of the smaller of D Dᵀ and Dᵀ D. PEFT decomposes with `svd_full_matrices=True`, its default.", "",
+             f"Made by `python -m benchmarks.mix --limit {a.limit:g}` on {datetime.date.today()}: {platform.machine()}, {os.cpu_count()} cores, one thread, "
+             f"other work on the machine (load {min(loads):.1f} to {max(loads):.1f}; times are processor time), torch {torch.__version__}, "
+             f"PEFT {peft.__version__}. Adapters of rank {RANK} made one of rank {RANK}; each cell is a process of its own; "
+             "memory is what the call adds to its peak.", "",
+             "`svd` stays in the factors: a QR of each stack and a decomposition of its size. The others act on every number of the update, so that it has "
+             "to be formed; its nearest of the rank comes from the eigenvectors of the smaller of D Dᵀ and Dᵀ D. PEFT decomposes with "
+             "`svd_full_matrices=True`, its default.", "",
              "| shapes | adapters | combination | PEFT | dense SVD | lorakit | PEFT / lorakit |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         theirs, ours = r["PEFT"], r["lorakit"]
         times = "" if ours is None else f"{'> ' if theirs is None else ''}{(a.limit if theirs is None else theirs['seconds']) / ours['seconds']:.3g}×"
-        lines.append(f"| {r['shapes']} | {r['n']} | {r['kind']} | {say(theirs)} | {say(r['dense SVD']) if r['kind'] == 'svd' else ''} | {say(ours)} | {times} |")
+        dense = say(r["dense SVD"]) if "dense SVD" in r else ""
+        lines.append(f"| {r['shapes']} | {r['n']} | {r['kind']} | {say(theirs)} | {dense} | {say(ours)} | {times} |")
     return "\n".join(lines) + "\n"
 
 
@@ -99,23 +107,26 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--one", help=argparse.SUPPRESS)
     ap.add_argument("--limit", type=float, default=300)
+    ap.add_argument("--rows", type=Path)
     ap.add_argument("--out", type=Path)
     a = ap.parse_args()
     if a.one:
-        print(json.dumps(one(*json.loads(a.one))))
+        print(json.dumps(one(*json.loads(a.one), a.limit)))
         return
-    rows, load = [], os.getloadavg()[0]
-    for label, shapes in SHAPES.items():
-        for n in (2, 3) if label.startswith("1B") else (2,):
-            for kind in KINDS if n == 2 else ("svd",):
-                row = {"shapes": label, "n": n, "kind": kind}
-                for way in WAYS if kind == "svd" else (WAYS[0], WAYS[2]):
-                    row[way] = cell(way, kind, shapes, n, a.limit)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                if a.out:
-                    a.out.write_text(page(rows, a, load), encoding="utf-8")
-    print(page(rows, a, load))
+    rows = [json.loads(line) for line in a.rows.read_text(encoding="utf-8").splitlines()] if a.rows and a.rows.is_file() else []
+    for label, n, kind in CELLS:
+        row = {"shapes": label, "n": n, "kind": kind}
+        if any(row.items() <= r.items() for r in rows):
+            continue
+        row["load"] = os.getloadavg()[0]
+        for way in WAYS if kind == "svd" else (WAYS[0], WAYS[2]):
+            row[way] = cell(way, kind, SHAPES[label], n, a.limit)
+        rows.append(row)
+        if a.rows:
+            a.rows.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        if a.out:
+            a.out.write_text(page(rows, a), encoding="utf-8")
+    print(page(rows, a))
 
 
 if __name__ == "__main__":

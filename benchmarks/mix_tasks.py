@@ -32,11 +32,12 @@ from lorakit.training.measure import evaluate
 
 TASKS = ("E2E", "Shakespeare", "WikiText")
 UNSEEN = "CLINC150"
+HALF = {"density": 0.5}
 RULES = [("linear", {}, None), ("linear", {"normalize": True}, None), ("svd", {}, None), ("svd", {}, [1 / 3] * 3), ("byom", {}, None),
-         ("magnitude-prune", {"density": 0.5}, None), ("ties", {"density": 0.5}, None), ("ties", {"density": 0.5, "scale": 1.5}, None), ("ties", {"density": 0.5, "scope": "global"}, None),
-         ("knots-ties", {"density": 0.5}, None), ("dare-linear", {"density": 0.5}, None), ("dare-ties", {"density": 0.5}, None), ("della", {}, None),
-         ("knots-dare-ties", {"density": 0.5}, None), ("breadcrumbs", {"density": 0.5}, None), ("model-stock", {}, None), ("regmean", {}, None),
-         ("fisher", {}, None), ("peft-linear", {}, None), ("peft-ties", {"density": 0.5}, None), ("peft-ties-svd", {"density": 0.5}, None), ("peft-dare-ties", {"density": 0.5}, None)]
+         ("magnitude-prune", HALF, None), ("ties", HALF, None), ("ties", HALF | {"scale": 1.5}, None), ("ties", HALF | {"scope": "global"}, None),
+         ("knots-ties", HALF, None), ("dare-linear", HALF, None), ("dare-ties", HALF, None), ("della", {}, None), ("knots-dare-ties", HALF, None),
+         ("breadcrumbs", HALF, None), ("model-stock", {}, None), ("regmean", {}, None), ("fisher", {}, None), ("peft-linear", {}, None),
+         ("peft-ties", HALF, None), ("peft-ties-svd", HALF, None), ("peft-dare-ties", HALF, None)]
 
 
 def texts(data: Path) -> dict[str, list[str]]:
@@ -119,9 +120,10 @@ def page(rows: list[tuple], a: argparse.Namespace, seconds: float, columns: list
     lines = ["# Three tasks mixed by every rule", "",
              f"Made by `python -m benchmarks.mix_tasks DATA --steps {a.steps}` on {datetime.date.today()} in {seconds:.0f} s of processor time "
              f"({platform.machine()}, one thread, torch {torch.__version__}).", "", *(line for line in (__doc__ or "").strip().splitlines()[4:]), "",
-             f"Each adapter: LoRA, rank {a.rank}, every linear layer, {a.steps} steps of 8 pieces of at most 128 tokens, learning rate 5e-3. Weights are 1 unless "
-             f"a rule says otherwise; one seed, no tuning; {a.heldout} held-out pieces of each task, so that differences of a few hundredths mean nothing. "
-             "\"Left out\" is the part of the merged update's norm that the result's rank has no room for. `slerp` goes between two adapters and is not here.", "",
+             f"Each adapter: LoRA, rank {a.rank}, every linear layer, {a.steps} steps of 8 pieces of at most 128 tokens, learning rate 5e-3. Weights are 1 "
+             f"unless a rule says otherwise; one seed, no tuning; {a.heldout} held-out pieces of each task, so that differences of a few hundredths mean "
+             "nothing. \"Left out\" is the part of the merged update's norm that the result's rank has no room for. `slerp` goes between two adapters and is "
+             "not here.", "",
              "| | rank | left out | " + " | ".join(columns) + " | mean of the three |", "|---|---:|---:|" + "---:|" * (len(columns) + 1)]
     for name, rank, left, losses in rows:
         lines.append(f"| {name} | {rank} | {left} | " + " | ".join(f"{x:.3f}" for x in losses) + f" | {sum(losses[:3]) / 3:.3f} |")

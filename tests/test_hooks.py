@@ -66,6 +66,7 @@ CASES = {
     "delta_lora": ({"after": 1}, "lora"), "lora_fa": ({}, "lora"), "riemannian": ({}, "lora"), "factor_decay": ({"of": "product"}, "lora"),
     "lora_sp": ({}, "lora"), "lisa": ({"layers": 1, "every": 2}, "full"), "lora_dropout": ({"p": 0.3}, "lora"), "dropbp": ({}, "lora"),
     "pcgrad": ({}, "lora"), "gradvac": ({}, "lora"), "cagrad": ({}, "dora"), "galore": ({"r": 2, "every": 3}, "full"), "flora": ({"r": 3, "every": 3}, "full"),
+    "hra_orthogonality": ({"weight": 0.1}, "hra"),
     "hidden_key": ({"p": 0.2, "kl": 0.5}, "lora"),
     "adalora": ({"target_r": 2, "tinit": 1, "tfinal": 2}, "adalora"),
     "sora": ({"xi": 0.05, "levels": 3, "l1": 0.1}, "sora"),

@@ -22,11 +22,11 @@ FILES = sorted(p for p in ROOT.rglob("*.py") if "assets" not in p.parts)
 CORE = {"errors", "maps", "kernels", "method", "methods", "stores", "sites", "inits", "host", "targets", "spec", "recipes", "formats", "models", "prompts",
         "merges", "proof", "api", "quantized"}
 MAY = {  # unit -> units of lorakit it may import, besides itself and errors
-    "errors": set(), "maps": set(), "kernels": set(), "models": {"quantized"},
+    "errors": set(), "maps": {"kernels"}, "kernels": set(), "models": {"quantized"},
     "stores": {"kernels"}, "sites": {"stores"},
     "method": {"kernels", "maps"}, "methods": {"kernels", "maps", "method", "prompts"}, "prompts": {"method"},
     "inits": {"kernels", "method"}, "quantized": {"host", "sites", "stores", "targets"},
-    "host": {"maps", "method", "sites", "stores"},
+    "host": {"kernels", "maps", "method", "sites", "stores"},
     "targets": {"host", "sites"},
     "spec": {"host", "inits", "method", "methods", "sites", "targets"},
     "recipes": {"inits", "method", "methods", "spec"},

@@ -145,6 +145,24 @@ def test_experts_need_the_base_and_are_mixed_on_it(tmp_path):
         assert torch.allclose(tiny.logits(lorakit.load(tiny.mixtral(), tmp_path / rule)), want, atol=1e-4), rule
 
 
+def test_a_head_that_is_trained_whole_is_the_weighted_mean(tmp_path):
+    a, b = (saved(tmp_path / n, seed=k, base=tiny.bert, target_modules=["query"]) for k, n in enumerate("ab"))
+    with pytest.raises(LorakitError, match="classifier: what full adds depends on the weight, so that the base is needed"):
+        lorakit.mix([a, b], tmp_path / "c")
+    done = lorakit.mix([a, b], tmp_path / "c", "ties", weights=[3.0, 1.0], rank=16, density=1.0, base=tiny.bert())
+    assert done.notes == ["classifier: trained whole, so the weighted mean of its copies"] and "classifier" not in done.modules
+    heads = [lorakit.merged(lorakit.load(tiny.bert(), p)).classifier for p in (a, b, tmp_path / "c")]
+    for k in ("weight", "bias"):
+        x, y, z = (getattr(h, k) for h in heads)
+        assert torch.allclose(z, 0.75 * x + 0.25 * y, atol=1e-6)
+    with pytest.raises(LorakitError, match="classifier: trained whole, and the weights of its copies sum to 0"):
+        lorakit.mix([a, b], tmp_path / "d", weights=[1.0, -1.0], base=tiny.bert())
+    other = saved(tmp_path / "other", base=lambda: tiny.bert(num_labels=5), target_modules=["query"])
+    with pytest.raises(LorakitError, match="classifier.*has shape"):
+        lorakit.mix([a, other], tmp_path / "d", base=tiny.bert())
+    assert not (tmp_path / "d").exists()
+
+
 def test_ties_over_folders_is_ties_of_the_updates(tmp_path):
     from lorakit.merges import ROWS
     from lorakit.merges.base import At, Vector, build
@@ -169,7 +187,7 @@ def test_ties_over_folders_is_ties_of_the_updates(tmp_path):
 def test_what_is_drawn_depends_on_the_seed_alone(tmp_path):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=2)
     for name, seed in (("c", 0), ("d", 0), ("e", 1)):
-        torch.manual_seed(seed * 7 + len(name))
+        torch.manual_seed(ord(name))  # torch's own numbers are not looked at
         lorakit.mix([a, b], tmp_path / name, "dare-ties", density=0.5, seed=seed)
     C, D, E = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "cde")
     assert all(torch.equal(C[k], D[k]) for k in C) and any(not torch.equal(C[k], E[k]) for k in C)
@@ -420,6 +438,7 @@ def test_a_search_finds_the_weights_that_a_loss_asks_for():
     assert abs(found.weights[0] - 0.8) < 0.25 and abs(found.weights[1] + 0.6) < 0.25 and abs(found.weights[2]) < 0.25
     assert all(abs(w) <= 1.5 for ws, _ in found.tried for w in ws) and lorakit.active(model) == {"b": 0.5}
     assert lorahub(model, "abc", loss, budget=9).tried == found.tried[:9]  # seeded
+    assert lorahub(model, "abc", loss, budget=9, penalty=1e6).weights == [0, 0, 0]  # no adapter is worth that
     want = tiny.logits(lorakit.activate(model, "a", weights=[0.75]))
     found = scan(model, "a", loss)
     assert found.weights == [0.75] and len(found.tried) == 5 and found.loss < 1e-9
@@ -431,7 +450,7 @@ def test_a_search_finds_the_weights_that_a_loss_asks_for():
 
 def test_a_search_over_saved_adapters(trained, tmp_path, call):
     (a, x), (b, _) = trained
-    code, out, err = call("mix", a, b, "-o", tmp_path / "c", "--search", "lorahub", "--data", x)
+    code, _, err = call("mix", a, b, "-o", tmp_path / "c", "--search", "lorahub", "--data", x)
     assert code == 0, err
     said = json.loads((tmp_path / "c" / "mix.json").read_text())
     assert said["weights"] == said["search"]["weights"] and said["search"]["loss"] < said["search"]["before"] and len(said["search"]["tried"]) <= 40

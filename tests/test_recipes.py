@@ -110,14 +110,22 @@ SIZES = {"vb-lora": {"vector_length": 4}, "fourierft": {"n_frequency": 40}}  # w
 REFUSED = {("hra", 1), ("spectral-rotation", 1)}  # one reflection is not the identity, one direction cannot turn
 
 
+def starts(name):
+    """Of a recipe: whether it wants a quantised base, and whether it looks at data."""
+    init = INITS.get(RECIPES[name].init or "")
+    return bool(init and (init.joint or init.mends)), bool(init and init.collect)
+
+
 @pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [n for n in RECIPES if not starts(n)[0]])  # those are in test_quantised_training.py
 def test_ranks_one_and_two_work_from_start_to_file(name, r, tmp_path):
     """Where a rank of 1 means something it must work; all else must refuse by name."""
     core = RECIPES[name].method.core
     options = ({"r": r} if hasattr(core, "r") else {}) | SIZES.get(name, {})
     build, targets = (tiny.opt, ["q_proj", "fc1"]) if name == "bitfit" else (tiny.llama, ["q_proj", "up_proj", "embed_tokens"])
     options |= {} if isinstance(core, Around) or RECIPES[name].options.get("targets") == () else {"target_modules": targets}
+    if starts(name)[1]:
+        options |= {"target_modules": targets[:2], "data": [{"input_ids": tiny.ids(), "labels": tiny.ids()}]}
     if (name, r) in REFUSED:
         with pytest.raises(LorakitError, match="need|mend"):
             lorakit.adapt(build(), name, **options)

@@ -558,7 +558,7 @@ def test_killed_in_the_middle_then_two_processes_end_it_together(base, tmp_path)
     said = [q.communicate(timeout=300) for q in two]
     assert [q.returncode for q in two] == [0, 0], said
     record = json.loads((out / "tune.json").read_text())
-    assert [r["number"] for r in record["trials"]] == list(range(7)) and record["begun_again"] == [2] and record["workers"] >= 3 - 1
+    assert [r["number"] for r in record["trials"]] == list(range(7)) and record["begun_again"] == [2] and record["workers"] == 3
     assert all(results(out)[n]["train_seconds"] == r["train_seconds"] for n, r in before.items()), "what was finished was run again"
     own = [sum(line.startswith("[") and "] trial " in line for line in text.splitlines()) for text, _ in said]
     assert sum(own) == 5 and min(own) >= 1, own

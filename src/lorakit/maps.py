@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.kernels.segments import Layout, segmented
 
 if TYPE_CHECKING:
     from lorakit.method import Method
@@ -191,6 +192,22 @@ class PerRow:
             y = part.new_zeros(len(x), *part.shape[1:]) if y is None else y
             y = y.index_copy(0, rows, part)
         return y
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Mixed batch of adapters that each add a thin product to one base: the base runs once for all rows, the products by groups of rows."""
+
+    base: Callable[[Tensor], Tensor]
+    layout: Callable[[int, torch.device], Layout]  # of a batch of so many entries
+    factors: Callable[[Layout, torch.dtype], tuple[Tensor, Tensor]]
+    drop: Callable[[Tensor], Tensor]
+    rows: int
+
+    def __call__(self, x):
+        x = x.expand(self.rows, *x.shape[1:]) if len(x) == 1 else x
+        y, at = self.base(x), self.layout(len(x), x.device)
+        return y + segmented(self.drop(x), at, *self.factors(at, x.dtype)).to(y.dtype) if at.kinds else y
 
 
 @dataclass(frozen=True)

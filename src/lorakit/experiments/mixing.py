@@ -99,7 +99,8 @@ def run(m: Mix) -> Mixed:
     stats = None
     if rule.needs and sets:
         stats = [collect(model, a, sets[n % len(sets)], rule.needs, m.check_base) for n, a in enumerate(m.adapters)]
-    done = lorakit.mix(m.adapters, m.output, m.rule, weights=found.weights if found else m.weights, rank=m.rank, base=model, stats=stats, seed=m.seed, check_base=m.check_base, **m.options)
+    weights = found.weights if found else m.weights
+    done = lorakit.mix(m.adapters, m.output, m.rule, weights=weights, rank=m.rank, base=model, stats=stats, seed=m.seed, check_base=m.check_base, **m.options)
     more = {"metrics": measured(model, m, sets)} if sets else {}
     more |= {"search": found.to_dict()} if found else {}
     if more:

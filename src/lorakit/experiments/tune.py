@@ -46,7 +46,7 @@ def tune(t: Tune, *, say: Say = print, command: str = "") -> dict[str, Any]:
         change = apart(p, t.search.fraction, t.search.seed, t.output / "rows")
         why = _search(t, study, metric, change, say)
         rows = study.rows()
-    best = next(iter(findings.ranked(rows, METRICS[metric])))
+    best = findings.ranked(rows, METRICS[metric])[0]
     if best["value"] is None:
         raise LorakitError(f"no trial ended with a finite {metric}, so there is nothing to choose from ({why}); the trials are in {t.output / 'trials'}")
     say(f"search ended: {why}; best is trial {best['number']}" + (", the default" if best["default"] else f": {words(best['params'])}"))

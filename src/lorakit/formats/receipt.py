@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.host import find_state, slots, walk
 from lorakit.maps import each
+from lorakit.stores import guest
 from lorakit.stores.dense import held
 from lorakit.stores.layer import PREFIX
 from lorakit.stores.shards import every, part, sharded, whole
@@ -40,6 +41,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         if path in whole:
             continue
         names = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
+        if (store := guest(module)) is not None:
+            names = {k: t for k, t in names.items() if k not in store.kept} | store.tensors(store.take())
         for k, t in names.items():
             t = absorbed.get(id(t), t)
             if isinstance(t, Tensor) and f"{path}.{k}" not in whole and id(t) not in seen:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.hooks.factors import block_of
+from lorakit.hooks.rounds import lora_like
+from lorakit.hooks.surgery import draw
+from lorakit.methods.tied_lora import TiedLoRA
+from lorakit.spec import Spec
 from lorakit.targets import select
 
 Targets = str | Sequence[str]
@@ -152,3 +157,43 @@ def lora_drop(model: nn.Module, batches: Iterable[Mapping[str, Any]], threshold:
         out["keep"] += own + (rest if len(rest) == 1 else [])
         out["share"] += [rest] if len(rest) > 1 else []
     return out
+
+
+def stratified(kinds: Sequence[Any], share: float = 0.1, seed: int = 0) -> list[int]:
+    """Places of a sample that holds the share of every kind (at least one of each), in order: LoRA-drop's sample of the training rows, by their label."""
+    if not 0 < share <= 1:
+        raise LorakitError(f"stratified: share is above 0 and at most 1, not {share!r}")
+    places: dict[str, list[int]] = {}
+    for n, kind in enumerate(kinds):
+        places.setdefault(str(kind), []).append(n)
+    out: list[int] = []
+    for kind, at in places.items():
+        order = torch.randperm(len(at), generator=draw(seed, 0, f"stratified {kind}")).tolist()
+        out += [at[k] for k in order[: max(1, round(share * len(at)))]]
+    return sorted(out)
+
+
+def lora_drop_spec(model: nn.Module, plan: Mapping[str, Any], adapter: str = "default") -> Spec:
+    """LoRA-drop's second phase from what `lora_drop` found: a Spec whose `keep` targets have factors of their own and whose `share` ones share a pair.
+
+        first = adapt(base, "lora", r=8);  a few steps on rows[stratified(labels)];  spec = lora_drop_spec(first, lora_drop(first, batches))
+        adapt(base_anew, spec);  the training proper, from the start
+
+    W' = W + s B A as in the first adapter, with its targets, dropout and seed; a shared gradient is the sum over the targets. LorakitError unless the
+    first adapter is a LoRA of one rank and strength.
+    """
+    specs, slots = host.known(model, [adapter]).specs, host.slots(model, adapter)
+    mine = [*plan["keep"], *(p for group in plan["share"] for p in group)]
+    if missing := next((p for p in mine if p not in slots), None):
+        raise LorakitError(f"lora_drop: the plan names {missing}, which has no adapter `{adapter}`; mend: the plan of this very model")
+    for p in mine:
+        lora_like(slots[p].methods[adapter], "lora_drop", p, anew=False)
+    cores = {(slots[p].methods[adapter].core.r, slots[p].methods[adapter].core.s) for p in mine}
+    if len(cores) > 1:
+        raise LorakitError("lora_drop: targets of several ranks or strengths cannot share their factors; mend: a first adapter without rank_pattern and "
+                           "alpha_pattern")
+    (r, s), first = cores.pop(), specs[adapter]
+    how = "shape" if any(len({p.rpartition(".")[2] for p in group}) > 1 for group in plan["share"]) else "name"
+    tied = TiedLoRA(r, s * r, how, train_u=False, train_v=False)
+    return replace(first, method=first.method.over_core(lambda _: tied), init=None, init_options={}, rank_pattern={}, alpha_pattern={}, recipe="",
+                   patterns={"share": {f"^{p}": "none" for p in plan["keep"]}})

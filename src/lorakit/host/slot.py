@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.maps import Affine, After, Applied, Base, Map, Once, PerRow, Sum, same
+from lorakit.kernels.segments import Layout, layout, stacked
+from lorakit.maps import Affine, After, Applied, Base, Grouped, Map, Once, PerRow, Sum, same, spread
 from lorakit.method import Method, Params
 from lorakit.sites import NO_ROWS, Call, Site
 from lorakit.stores.dense import held
@@ -26,6 +28,7 @@ class State:
     chained: bool = False  # each adapter around the one before it, instead of a sum over one base
     given: dict[str, Tensor] = field(default_factory=dict)  # what methods ask of the batch beside the input, for its rows
     rows: tuple[tuple[str, ...], Tensor] | None = None  # mixed batch: names, and for each row an index into them or -1
+    plans: tuple[Any, dict[Any, Any]] = (None, {})  # what is worked out once for `rows`
     merged: dict[str, float] | None = None  # what is merged into the base now
     required_grad: frozenset[str] = frozenset()  # base parameters that trained before the first adapter came
     prints: tuple[Any, Any] | None = None  # the base's fingerprint, and what it was taken of
@@ -215,7 +218,50 @@ class Slot:
         self.check_rows()
         if self.state.given and any(self.methods[n].asks for n in names if n in self.methods):
             raise LorakitError(f"{self.path}: a mixed batch cannot also be given {', '.join(self.state.given)}; mend: one batch for each adapter")
+        if self._thin(names):
+            drop = next((self.drop(n) for n in names if n in self.methods), same)
+            return Grouped(self.affine({}), self._layout, self._factors, drop, len(index))
         return PerRow(self.affine({}), [self.affine({n: 1.0}) for n in names], index, self.path)
+
+    def _thin(self, names: tuple[str, ...]) -> bool:
+        """Whether each of these adapters does no more here than add one thin product to what the layer gives, and all drop as much."""
+        site, here = self.site, [n for n in names if n in self.methods]
+        if site.slides or site.lookup or site.stack or self.absorbed or torch.compiler.is_compiling():
+            return False
+        key = self.path, tuple(here), self.module.training
+        known = self._plans()
+        if key not in known:
+            pairs = [(self.methods[n], self.params(n)) for n in here]
+            known[key] = (not self.module.training or len({self.dropout.get(n, 0.0) for n in here}) <= 1) and all(
+                m.adds and not m.last and m.two(p) is not None and m.bias(p, site.bias) is site.bias for m, p in pairs)
+        return known[key]
+
+    def _plans(self) -> dict[Any, Any]:
+        """What is worked out once for a mixed batch."""
+        if self.state.plans[0] is not self.state.rows:
+            self.state.plans = self.state.rows, {}
+        return self.state.plans[1]
+
+    def _layout(self, n: int, device: torch.device) -> Layout:
+        names, index = self.state.rows
+        here = tuple(name in self.methods for name in names)
+        key, known = (here, n, device), self._plans()
+        if key not in known:
+            known[key] = layout(spread(index, n, self.path), here, device)
+        return known[key]
+
+    def _factors(self, at: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The stacked factors; without gradients they are kept until a leaf changes."""
+        key, known = (self.path, at.kinds, dtype), self._plans()
+        kept = None if torch.is_grad_enabled() else known.get(key)
+        if kept and all(d.get(n) is t and t._version == v for d, n, t, v in kept[0]):
+            return kept[1]
+        names = [self.state.rows[0][k] for k in at.kinds]
+        made = stacked([self.methods[n].two(self.params(n)) for n in names], dtype)
+        if not torch.is_grad_enabled():
+            leaves = [(h._parameters, n) for n in names for h in self.holders(n).values()]
+            known[key] = [(d, n, d[n], d[n]._version) for d, n in leaves], made
+        return made
 
     def around(self, own: Callable[..., Any], call: Call) -> Any:
         """The module's answer to a call through the methods around it; the first of them is the innermost."""

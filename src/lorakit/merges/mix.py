@@ -35,6 +35,7 @@ from lorakit.proof import Report, verify
 from lorakit.recipes import compose
 from lorakit.spec import attach
 
+Copies = Mapping[str, tuple[Method, Mapping[str, Tensor]]]  # target -> what replaces it, and its leaves
 Stats = Mapping[str, Tensor] | str | Path  # target -> statistic, or a safetensors file of them
 ROUNDING = 1e-6  # a mix smaller than this part of what went in is nothing
 MIX, PICTURE = "mix.json", "mix.png"
@@ -84,7 +85,9 @@ class Mixing:
         self.sources, self.rank, self.seed = sources, rank, seed
         self.rule: Rule = build(rule, ROWS, options)
         self.weights = [1.0] * len(sources) if weights is None else [float(w) for w in weights]
-        self.paths = list(dict.fromkeys(p for s in sources for p in s.paths))
+        every = dict.fromkeys(p for s in sources for p in s.paths)
+        self.whole = [p for p in every if all(s.copy(p) for s in sources if p in s.paths)]  # targets that are trained whole, wherever they are
+        self.paths = [p for p in every if p not in self.whole]
         self._check(rule, weights)
         self.stats = self._opened(stats)
         self.size = 0.0  # Σ (w_t |ΔW_t|)² over what was read
@@ -92,7 +95,7 @@ class Mixing:
     def _check(self, name: str, given: Sequence[float] | None) -> None:
         n, w = len(self.sources), self.weights
         if not n or not self.paths:
-            raise LorakitError("mix: there is no adapter to mix" if not n else "mix: the adapters have no targets")
+            raise LorakitError("mix: there is no adapter to mix" if not n else "mix: the adapters have no target on which a rule could act")
         if len(w) != n:
             raise LorakitError(f"mix: {n} adapters but {len(w)} weights")
         if bad := [x for x in w if not math.isfinite(x)]:
@@ -114,6 +117,20 @@ class Mixing:
         if stats is not None and len(stats) != n:
             raise LorakitError(f"mix: {n} adapters but statistics of {len(stats)}")
         return [s if isinstance(s, Mapping) else _Lazy(Path(s)) for s in stats or ()]
+
+    @torch.no_grad()
+    def copies(self) -> Copies:
+        """Targets trained whole (a head): the mean of the copies, weighted. No rule acts on them: what they were before is not known."""
+        out = {}
+        for path in self.whole:
+            some = [(c, w) for s, w in zip(self.sources, self.weights, strict=True) if (c := s.copy(path))]
+            (method, first), size = some[0][0], sum(w for _, w in some)
+            if any(p.keys() != first.keys() for (_, p), _ in some):
+                raise LorakitError(f"{path}: trained whole, with its bias in some of the adapters and without in others, so that they have no mean")
+            if not size:
+                raise LorakitError(f"{path}: trained whole, and the weights of its copies sum to 0, so that they have no mean; mend: other weights")
+            out[path] = method, {k: sum(p[k] * (w / size) for (_, p), w in some) for k in first}
+        return out
 
     def vectors(self, path: str) -> list[Vector]:
         """The task vectors of one target, of rank 0 where an adapter lacks it. LorakitError where their shapes differ."""
@@ -168,18 +185,20 @@ class _Lazy:
 
 
 @torch.no_grad()
-def put(model: nn.Module, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], tie: bool, dropout: float) -> None:
-    """Puts B and A of every target on the model as a plain LoRA, beside the others and not active."""
+def put(model: nn.Module, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], tie: bool, dropout: float, copies: Copies | None = None) -> None:
+    """Puts B and A of every target on the model as a plain LoRA, and whole copies, beside the others and not active."""
+    copies = copies or {}
     plan: dict[str, Method] = {p: LoRA(A.shape[-2], float(A.shape[-2])) for p, (_, A) in factors.items()}
     rank = max(m.r for m in plan.values())
     state = host.find_state(model)
     active = dict(state.active) if state else {}
-    attach(model, name, compose(LoRA(rank, float(rank)), target_modules=list(plan), tie=tie, dropout=dropout), plan, empty=True)
+    attach(model, name, compose(LoRA(rank, float(rank)), target_modules=list(plan), tie=tie, dropout=dropout),
+           plan | {p: m for p, (m, _) in copies.items()}, empty=True)
     host.state_of(model).active = active
-    for path, (B, A) in factors.items():
-        p = host.slots(model, name)[path].params(name)
-        p["B"].copy_(B)
-        p["A"].copy_(A)
+    slots = host.slots(model, name)
+    for path, leaves in ({p: {"B": B, "A": A} for p, (B, A) in factors.items()} | {p: t for p, (_, t) in copies.items()}).items():
+        for leaf, t in leaves.items():
+            slots[path].params(name)[leaf].copy_(t)
 
 
 def _like(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
@@ -198,7 +217,7 @@ def mix_on(model: nn.Module, names: Sequence[str], new_name: str, rule: str, wei
     m = Mixing([OnModel(model, n) for n in names], rule, weights, rank, seed, stats, options)
     done = Mixed(new_name, rule, m.rule.to_dict(), m.weights, [{"adapter": n} for n in names])
     like = _like(model, names)
-    put(model, new_name, _collect(m, done), **like)
+    put(model, new_name, _collect(m, done), **like, copies=m.copies())
     return done
 
 
@@ -236,14 +255,15 @@ def mix(adapters: Sequence[str | Path], output: str | Path, rule: str, weights: 
         def see(path: str, vectors: list[Vector], merged: Vector) -> None:
             done.modules[path] = told.row(vectors, m.weights, merged)
 
-        factors = _collect(m, done, see)
+        factors, copies = _collect(m, done, see), m.copies()
+    done.notes += [f"{p}: trained whole, so the weighted mean of its copies" for p in copies]
     done.summary = told.overall(done.modules)
     steps = [*before, *(lineage.entry(f, "mix")[-1] | {"weight": w} for f, w in zip(folders, m.weights, strict=True))]
     with new_folder(output) as tmp:
         if model is None:
             done.notes += _write(tmp, folders, factors, done, steps)
         else:
-            _save(tmp, model, factors, like, steps, {k: v for k in KEPT[:3] if (v := folders[0].config.get(k)) is not None})
+            _save(tmp, model, factors, dict(like) | {"copies": copies}, steps, {k: v for k in KEPT[:3] if (v := folders[0].config.get(k)) is not None})
         _finish(tmp, done)
         done.verified = _proved(tmp, model, factors)
         write_json(tmp / MIX, done.to_dict())

@@ -27,6 +27,10 @@ class Source(Protocol):
         """What it adds to the weight of one of its targets. LorakitError where no matrix can say it, or it holds NaN or infinity."""
         ...
 
+    def copy(self, path: str) -> tuple[Method, Mapping[str, Tensor]] | None:
+        """A target that it has whole (a head): the method and its leaves. None where it adapts it, or lacks it."""
+        ...
+
 
 def _wide(t: Tensor) -> Tensor:
     """At least float32, so that a weight or a scale rounds nothing."""
@@ -56,6 +60,9 @@ class InFolder:
 
     def _needs_base(self, why: str) -> LorakitError:
         return LorakitError(f"{self.name}: {why}, so that the base is needed to mix or compare it; mend: base=, or --base")
+
+    def copy(self, path: str) -> None:
+        """Without the base none can be written; `vector` says so."""
 
     def vector(self, path: str) -> Vector:
         part = self.parts[path]
@@ -93,13 +100,21 @@ class OnModel:
         self.slots = {p: s for p, s in host.slots(model, name).items() if name not in s.tied}
         self.paths = list(self.slots)
 
-    def vector(self, path: str) -> Vector:
+    def _read(self, path: str) -> tuple[Method, dict[str, Tensor]]:
         slot = self.slots[path]
-        method, p, site = slot.methods[self.adapter], slot.params(self.adapter), slot.site
-        _check(self.name, path, method)
+        method, p = slot.methods[self.adapter], slot.params(self.adapter)
         for k, t in p.items():
             if not torch.isfinite(t).all():
-                raise LorakitError(f"{self.name}: {path}: `{method.key(k, site.lookup)}` holds NaN or infinity")
+                raise LorakitError(f"{self.name}: {path}: `{method.key(k, slot.site.lookup)}` holds NaN or infinity")
+        return method, p
+
+    def copy(self, path: str) -> tuple[Method, Mapping[str, Tensor]] | None:
+        return self._read(path) if path in self.slots and self.slots[path].methods[self.adapter].replaces else None
+
+    def vector(self, path: str) -> Vector:
+        slot = self.slots[path]
+        (method, p), site = self._read(path), slot.site
+        _check(self.name, path, method)
         if slot.absorbed and slot.absorbed.adapter == self.adapter:
             raise LorakitError(f"{self.name}: {path}: its start was taken out of the base in memory; mend: lorakit.save it, and mix the folder")
         if method.bias(p, site.bias) is not site.bias:

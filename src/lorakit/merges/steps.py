@@ -42,7 +42,7 @@ def disjoint_mean(tensors: Sequence[Tensor], weights: Sequence[float], sign: Ten
     """Σ τ_t / Σ |w_t| over the t with sgn τ_t = γ ≠ 0 (the weights are in τ already); 0 where there is none."""
     out, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for t, w in zip(tensors, weights, strict=True):
-        agrees = (t.sign() == sign) & (sign != 0)
+        agrees = t.sign() == sign
         out += t * agrees
         count += agrees * abs(w)
     return torch.where(count > 0, out / count.clamp_min(1e-30), out)

@@ -31,6 +31,9 @@ SITES: dict[str, type[Site]] = {
     "torch.nn.modules.conv.Conv2d": ConvSite,
     "torch.nn.modules.conv.Conv3d": ConvSite,
     "transformers.pytorch_utils.Conv1D": Conv1DSite,
+    "bitsandbytes.nn.modules.Linear4bit": Site,
+    "bitsandbytes.nn.modules.Linear8bitLt": Site,
+    "hqq.core.quantize.HQQLinear": Site,
 }
 SCALED = re.compile(r"ScaledWordEmbedding$")  # a class of transformers, one for each model, that multiplies by `embed_scale`
 FUSES = ("torch.nn.modules.transformer.TransformerEncoderLayer",)  # fast path in evaluation: one kernel over all weights

@@ -6,10 +6,15 @@ from torch import nn
 
 from lorakit.errors import LorakitError
 from lorakit.stores import affine, normal_float  # noqa: F401
+from lorakit.stores.bitsandbytes import EightBits, FourBits
 from lorakit.stores.dense import Dense, Store
+from lorakit.stores.guest import Guest
+from lorakit.stores.hqq import HQQ
 from lorakit.stores.packed import Packed
+from lorakit.stores.torchao import TorchAO
 
-STORES: dict[str, type[Store]] = {"dense": Dense, "packed": Packed}
+STORES: dict[str, type[Store]] = {"dense": Dense, "packed": Packed, "bitsandbytes-4bit": FourBits, "bitsandbytes-8bit": EightBits, "torchao": TorchAO,
+                                  "hqq": HQQ}
 
 
 def store_for(module: nn.Module) -> Store:
@@ -18,3 +23,8 @@ def store_for(module: nn.Module) -> Store:
         if cls.claims(module):
             return cls(module)
     raise LorakitError(f"no store can read the weight of {type(module).__name__}")
+
+
+def guest(module: nn.Module) -> Guest | None:
+    """The store of a layer that another library has quantised; None for other modules."""
+    return next((cls(module) for cls in STORES.values() if issubclass(cls, Guest) and cls.claims(module)), None)

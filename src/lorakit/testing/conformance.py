@@ -393,7 +393,7 @@ def check_routed_one_hot(c: Case) -> None:
 def check_starts_keep_the_function(c: Case) -> None:
     want, x = c.base()
     for name, init in INITS.items():
-        if init.collect or init.unfit(c.method) or "0" in "".join(c.method.leaves):
+        if init.joint or init.mends or init.collect or init.unfit(c.method) or "0" in "".join(c.method.leaves):
             continue
         rounds = c.site.store.packs  # what is taken out of it would be rounded
         for storage in ("offset", "base") if init.nonzero and not rounds else ("offset",):

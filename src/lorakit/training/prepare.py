@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.hooks import Hook, build
 from lorakit.models import load_tokenizer
 from lorakit.training import data as d
 from lorakit.training.config import Run
@@ -31,13 +32,16 @@ def prepare(run: Run) -> Prepared:
     """Reads, tells apart, splits and encodes the data. Raises LorakitError before any model is loaded."""
     rows = d.read_rows(run.data.train, run.data.split, run.data.limit)
     shape = d.detect(rows, run.data.columns or None) if run.data.shape == "auto" else run.data.shape
-    rows = d.normalise(rows, shape, run.data.columns or None)
+    tasks = next((h for h in map(build, run.hooks) if h.tasks), None)
+    rows = d.normalise(rows, shape, run.data.columns or None, ("task",) if tasks else ())
+    if tasks:
+        rows = _numbered(rows, shape, run, tasks)
     held: list[dict] = []
     if run.data.eval:
         held = d.normalise(d.read_rows(run.data.eval, run.data.eval_split, run.data.eval_limit), shape, run.data.columns or None)
     elif run.data.eval_fraction:
         rows, held = _hold_out(rows, shape, run)
-    held = held[: run.data.eval_limit]
+    held = [{k: v for k, v in row.items() if k != "task"} for row in held[: run.data.eval_limit]]
     task = run.task
     if task == "auto":
         task = "sequence-classification" if shape == "classification" else "causal-lm"
@@ -56,6 +60,18 @@ def prepare(run: Run) -> Prepared:
         train = d.encode(plain(rows), tok, length, run.data.answer_only, run.data.template)
         heldout = d.encode(plain(held), tok, length, run.data.answer_only, run.data.template) if held else None
     return Prepared(run, tok, shape, task, rows, held, train, heldout, labels)
+
+
+def _numbered(rows: list[dict], shape: str, run: Run, hook: Hook) -> list[dict]:
+    """The rows with the place of their task among the sorted names as its number, for a hook that takes tasks apart."""
+    if run.data.packing or shape == "preference":
+        raise LorakitError(f"{hook.name} takes the rows of tasks apart, which {'packing joins' if run.data.packing else 'pairs of answers do not allow'}; "
+                           f"mend: {'packing: false' if run.data.packing else 'another shape of data, or no such hook'}")
+    names = sorted({str(row["task"]) for row in rows}, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+    if len(names) != hook.tasks:
+        raise LorakitError(f"{hook.name}: the data has {len(names)} tasks ({', '.join(names[:8])}), the hook {hook.tasks}; mend: {hook.name}: "
+                           f"{{tasks: {len(names)}}}" if len(names) > 1 else f"{hook.name}: the column `task` names one task alone; mend: two or more")
+    return [row | {"task": names.index(str(row["task"]))} for row in rows]
 
 
 def _hold_out(rows: list[dict], shape: str, run: Run) -> tuple[list[dict], list[dict]]:

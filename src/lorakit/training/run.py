@@ -69,6 +69,7 @@ def _looked_at(p: Prepared, spec: Spec) -> list[dict[str, torch.Tensor]] | None:
         return None
     size, rows = p.run.train.batch_size, p.train.rows
     rows = random.Random(p.run.train.seed).sample(rows, min(len(rows), size * spec.init_options.get("batches", 8)))
+    rows = [{k: v for k, v in row.items() if k != "task"} for row in rows]
     collate = d.Collator(p.tokenizer.pad_token_id)
     return [collate(rows[k : k + size]) for k in range(0, len(rows), size)]
 

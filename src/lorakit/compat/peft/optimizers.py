@@ -28,6 +28,7 @@ def create_loraplus_optimizer(model: nn.Module, optimizer_cls: type[Optimizer], 
     slots = [(s, a) for s in host.slots(base_of(model)).values() for a in s.methods]
     tables = {id(p) for s, a in slots if s.site.lookup for p in s.parameters(a).values()}
     fast = {id(s.parameters(a)["B"]) for s, a in slots if "B" in s.parameters(a)}
+    fast |= {id(p) for s, a in slots if s.site.read and s.site.in_ == 1 for p in s.parameters(a).values()}  # a norm's gain, a bias
     decays = {n for n in get_parameter_names(model, ALL_LAYERNORM_LAYERS) if "bias" not in n}
     slow, embedding, faster, bare = groups = [], [], [], []
     for n, p in model.named_parameters():

@@ -90,8 +90,8 @@ def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Cal
 
 def _gradients(model: nn.Module, plan: Targets, train_step: Callable[[], Any]) -> dict[str, Tensor]:
     weights = {p: site.store.read() for p, (_, site) in plan.items()}
-    if packed_ := next((p for p, W in weights.items() if not isinstance(W, nn.Parameter) or not W.is_floating_point()), None):
-        raise LorakitError(f"{packed_}: LoRA-GA needs the gradient of its weight, which is quantised or computed; mend: leave it out of the targets")
+    if odd := next((p for p, W in weights.items() if not isinstance(W, nn.Parameter) or not W.is_floating_point()), None):
+        raise LorakitError(f"{odd}: LoRA-GA needs the gradient of its weight, which is quantised or computed; mend: leave it out of the targets")
     mine, flags, train = {id(W) for W in weights.values()}, [(p, p.requires_grad) for p in model.parameters()], model.training
     grads = [(p, p.grad) for p, _ in flags]
     try:
@@ -157,7 +157,7 @@ def get_eva_state_dict(model: nn.Module, dataloader: Iterable, peft_config: Lora
     not attended to or have no label do not count. forward_fn: of model and batch. gather_distributed_inputs, show_progress_bar: accepted.
     """
     if prepare_model_inputs_fn is not None or prepare_layer_inputs_fn is not None:
-        raise LorakitError("get_eva_state_dict: functions that choose inputs are not there in lorakit.compat.peft; mend: attention_mask or labels in the batches")
+        raise LorakitError("get_eva_state_dict: functions that choose inputs are not there here; mend: attention_mask or labels in the batches")
     base, wrapped = base_of(model), hasattr(model, "get_base_model")
     config, init = peft_config or getattr(model, "peft_config", {}).get(adapter_name), INITS["eva"]
     if config is None:
@@ -186,7 +186,7 @@ def initialize_lora_eva_weights(model: nn.Module, dataloader: Iterable | None = 
     """Puts the adapter on anew with EVA's ranks and directions, and notes the ranks in its configuration. Before an optimiser is made."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None or not hasattr(model, "get_base_model"):
-        raise LorakitError(f"initialize_lora_eva_weights: the model is no PeftModel with an adapter `{adapter_name}`; mend: get_peft_model(model, config) first")
+        raise LorakitError(f"initialize_lora_eva_weights: no PeftModel with an adapter `{adapter_name}`; mend: get_peft_model(model, config) first")
     if list(model.active_adapters) != [adapter_name] or config.init_lora_weights != "eva":
         raise LorakitError(f"initialize_lora_eva_weights: `{adapter_name}` must be the only active adapter and start with 'eva'; mend: init_lora_weights='eva'")
     if eva_state_dict is None and dataloader is None:

@@ -76,7 +76,7 @@ class Collator:
 
     (batch, longest row): input_ids, labels (padded with -100; (batch,) if the labels are classes), and attention_mask,
     or for packed rows position_ids instead: transformers ignores the bounds of packed pieces when it gets a mask. The
-    padding of a packed row is a piece of its own. pad_to_multiple_of rounds the width up.
+    padding of a packed row is a piece of its own. Rows of several tasks: task (batch,), their numbers. pad_to_multiple_of rounds the width up.
     """
 
     pad_id: int
@@ -99,6 +99,8 @@ class Collator:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         else:
             batch["labels"] = padded("labels", IGNORED)
+        if "task" in rows[0]:
+            batch["task"] = torch.tensor([row["task"] for row in rows])
         if "position_ids" in rows[0]:
             places = [[*row["position_ids"], *range(width - n)] for row, n in zip(rows, sizes, strict=True)]
             return batch | {"position_ids": torch.tensor(places)}

@@ -41,9 +41,9 @@ def detect(rows: Sequence[Row], columns: dict[str, str] | None = None) -> str:
     raise LorakitError(f"row 1: cannot tell what the columns {listed(row)} mean; {_accepted()}")
 
 
-def normalise(rows: Sequence[Row], shape: str, columns: dict[str, str] | None = None) -> list[Row]:
+def normalise(rows: Sequence[Row], shape: str, columns: dict[str, str] | None = None, keep: Sequence[str] = ()) -> list[Row]:
     """Canonical rows: {"messages": [{"role", "content"}]}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}
-    (three strings or three lists of messages), {"text", "label"} (strings) or {"text"}; other columns are left out.
+    (three strings or three lists of messages), {"text", "label"} (strings) or {"text"}; other columns than those to `keep` are left out.
 
     shape: what `detect` says; "sharegpt" becomes messages, "alpaca" becomes prompt and completion
     columns: {our name: your column}, as for `detect`
@@ -58,12 +58,12 @@ def normalise(rows: Sequence[Row], shape: str, columns: dict[str, str] | None = 
         names = names or _columns(row, shape)
         if not names:
             raise LorakitError(f"row {n}: the columns {listed(row)} do not make the shape `{shape}`; {_accepted(shape)}")
-        for name in names:
+        for name in (*names, *keep):
             if row.get(name) is None:
                 raise LorakitError(
                     f"row {n}: `{name}` is missing or null; found {listed(row)}; mend: fill it in or drop the row"
                 )
-        out.append(_build(shape, row, names, f"row {n}"))
+        out.append(_build(shape, row, names, f"row {n}") | {name: row[name] for name in keep})
     return out
 
 

@@ -24,7 +24,7 @@ MARK = "\ue000\ue001"  # private characters: stand in for an answer, and mark wh
 class Encoded:
     """Rows of token ids, and what became of the rows of text.
 
-    rows: [{"input_ids": list[int], "labels": list[int] as long, or one int for a class}]
+    rows: [{"input_ids": list[int], "labels": list[int] as long, or one int for a class}], and "task" where the row of text has one
     dropped: rows of text with nothing left to train; truncated: rows of text that lost tokens but are kept
     tokens, trained_tokens: counts over `rows`; trained are the labels that enter the loss
     """
@@ -61,7 +61,7 @@ def encode(
         long = len(ids) > max_length and "text" not in row
         if long:
             ids, answer = _fit(ids, answer, max_length, tokenizer.bos_token_id)
-        pieces = _pieces(ids, answer if answer_only else [True] * len(ids), max_length)
+        pieces = [piece | _task(row) for piece in _pieces(ids, answer if answer_only else [True] * len(ids), max_length)]
         encoded += pieces
         dropped, truncated, cut = dropped + (not pieces), truncated + (long and bool(pieces)), cut + long
     if not encoded:
@@ -88,6 +88,11 @@ def _pieces(ids: list[int], on: list[bool], size: int) -> list[Row]:
         for p in parts
         if any(on[p][1:])
     ]
+
+
+def _task(row: Row) -> Row:
+    """The number of the row's task, where it has one."""
+    return {"task": row["task"]} if "task" in row else {}
 
 
 def _encoded(rows: list[Row], dropped: int, truncated: int) -> Encoded:
@@ -260,7 +265,7 @@ def encode_labels(
         if len(ids) > max_length:
             ids, truncated = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"], truncated + 1
         if ids:
-            encoded.append({"input_ids": ids, "labels": number[label]})
+            encoded.append({"input_ids": ids, "labels": number[label]} | _task(row))
     if not encoded:
         raise LorakitError("nothing to train: every text is empty; mend: check the column of the text")
     return _encoded(encoded, len(rows) - len(encoded), truncated), names

@@ -1,0 +1,255 @@
+"""What quantised bases cost: bytes, memory while loading, error, and time of a product beside bitsandbytes and torchao.
+
+    python -m benchmarks.stores --out docs/stores.md
+
+Every load is a process of its own; its peak is the process's highest resident size less that after the imports alone. Products are timed in
+processor time with one thread, all ways in turn, round after round; medians, and half the distance between the quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+WAYS = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantize": "int8"}, "nf4": {"quantize": "nf4"},
+        "nf4 without double quantisation": {"quantize": {"name": "nf4", "double_quant": False}}, "nf3": {"quantize": "nf3"}, "nf2": {"quantize": "nf2"}}
+MODELS = {"stories260k": "stories260k/hf-llama-fp32", "craftgpt-5m (GPT-2)": "craftgpt-5m/hf-gpt2-fp16",
+          "craftgpt-5m (OPT)": "craftgpt-5m/hf-opt-fp16"}
+SCHEMES = ("int8", "int6", "nf4", "int4", "nf3", "int3", "nf2", "int2")
+SIDE = 2048
+TOKENS = (1, 16, 512)
+OURS = {"lorakit nf4": "nf4", "lorakit nf3": "nf3", "lorakit nf2": "nf2", "lorakit int8": "int8", "lorakit int4": "int4"}
+THEIRS = ("bitsandbytes nf4", "bitsandbytes int8", "torchao int8")
+MIB = 1 << 20
+
+
+def options(how: str) -> dict:
+    return {"dtype": "float32"} | WAYS[how]
+
+
+def one_load(path: str, how: str) -> dict[str, float]:
+    """Bytes of the base, its numbers, and what loading adds to the process's peak."""
+    import torch
+    import transformers  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    import lorakit.quantized.hub  # noqa: F401
+    from lorakit.models import load_base
+
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load_base(path, **options(how))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    every = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
+    return {"bytes": sum(every.values()), "peak": peak * 1024}
+
+
+def load(path: str, how: str) -> dict[str, float]:
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.stores", "--load", path, how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def large(at: str, layers: int) -> None:
+    """A folder with a Llama of TinyLlama's shape and random weights, in bfloat16, in parts of 200 MB."""
+    import torch
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=4)
+    with torch.device("cpu"):
+        tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(at, max_shard_size="200MB")
+
+
+def numbers(path: str) -> tuple[int, int]:
+    """Numbers of a model, and those of the weights that `quantize` packs."""
+    import torch
+    import transformers as tf
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lorakit.quantized import own_weights
+    from lorakit.targets import select
+
+    with FakeTensorMode():
+        model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(path), dtype=torch.float32)
+        modules = dict(model.named_modules())
+        return sum(p.numel() for p in model.parameters()), sum(modules[p].weight.numel() for p in own_weights(model, select(model, "all-linear")))
+
+
+def memory_table(folders: dict[str, str]) -> list[str]:
+    """Bytes of the base predicted and measured, and the peak while loading."""
+    from lorakit.errors import LorakitError
+    from lorakit.planning.memory import memory
+
+    out = ["| model | base | bytes per parameter | base, MiB | predicted, MiB | peak while loading, MiB | peak less base, MiB |",
+           "|---|---|---|---|---|---|---|"]
+    for name, path in folders.items():
+        n, inside = numbers(path)
+        for how in WAYS:
+            got = load(path, how)
+            try:
+                want = f"{memory(path, None, batch=1, length=1, **options(how)).base / MIB:.2f}"
+            except LorakitError as e:
+                want = f"not planned: {str(e).partition(';')[0]}"
+            out.append(f"| {name}, {n:,} numbers ({inside / n:.0%} packed) | {how} | {got['bytes'] / n:.3f} | {got['bytes'] / MIB:.2f} | {want} | "
+                       f"{got['peak'] / MIB:.1f} | {(got['peak'] - got['bytes']) / MIB:.1f} |")
+    return out
+
+
+def error_table() -> list[str]:
+    """Relative error on Gaussian weights, and bits a weight."""
+    import torch
+
+    from lorakit.stores.scheme import scheme_of
+
+    M = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    out = ["| scheme | bits a weight | relative error |", "|---|---|---|"]
+    for given in [*SCHEMES, {"name": "nf4", "double_quant": False}, {"name": "nf4", "block": 128}, {"name": "int4", "group": 32}]:
+        s = scheme_of(given)
+        error = float((s.matrix(s.parts(M), *M.shape, torch.float32) - M).norm() / M.norm())
+        out.append(f"| {given if isinstance(given, str) else ', '.join(f'{k}: {v}' for k, v in given.items())} | {8 * s.bytes(*M.shape) / M.numel():.3f} | "
+                   f"{error:.4f} |")
+    return out
+
+
+def layers(dtype) -> dict:
+    """Every way to keep the same layer, in training mode."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from torch import nn
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    import lorakit
+
+    torch.manual_seed(0)
+    dense = nn.Linear(SIDE, SIDE, bias=False).to(dtype)
+    state = dense.state_dict()
+    out = {"dense": dense}
+    for name, scheme in OURS.items():
+        m = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False).to(dtype))
+        m[0].load_state_dict(state)
+        out[name] = lorakit.quantize(m, scheme, target_modules="0")[0]
+    four, eight = Linear4bit(SIDE, SIDE, bias=False, quant_type="nf4", compute_dtype=dtype), Linear8bitLt(SIDE, SIDE, bias=False, has_fp16_weights=False)
+    four.load_state_dict(state)
+    eight.load_state_dict(state)
+    ao = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False).to(dtype))
+    ao[0].load_state_dict(state)
+    quantize_(ao, Int8WeightOnlyConfig())
+    out |= {"bitsandbytes nf4": four.to("cpu"), "bitsandbytes int8": eight.to("cpu"), "torchao int8": ao[0]}
+    return {k: m.train().requires_grad_(False) for k, m in out.items()}
+
+
+def product_times(rounds: int) -> list[tuple]:
+    """[(dtype, tokens, kind, {way: [milliseconds, …]}), …]"""
+    import torch
+
+    out = []
+    for dtype in (torch.float32, torch.bfloat16):
+        ways = layers(dtype)
+        for tokens in TOKENS:
+            for kind in ("forward", "forward + backward"):
+                x = torch.randn(tokens, SIDE, dtype=dtype)
+                g = torch.randn(tokens, SIDE, dtype=dtype)
+                times: dict[str, list[float]] = {k: [] for k in ways}
+                for k in range(rounds + 2):
+                    for name, m in ways.items():
+                        y = x.clone().requires_grad_(kind != "forward")
+                        start = time.process_time()
+                        z = m(y)
+                        if kind != "forward":
+                            z.backward(g)
+                        took = time.process_time() - start
+                        if k >= 2:  # the first two warm up
+                            times[name].append(1000 * took)
+                out.append((str(dtype).removeprefix("torch."), tokens, kind, times))
+    return out
+
+
+def shown(times: list[float]) -> str:
+    low, _, high = statistics.quantiles(times, n=4)
+    return f"{statistics.median(times):.2f} ± {(high - low) / 2:.2f}"
+
+
+def time_tables(rows: list[tuple]) -> list[str]:
+    """Medians of all ways, then ours against the best of theirs."""
+    ways = list(rows[0][3])
+    out = [f"| dtype | tokens | | {' | '.join(ways)} |", "|" + "---|" * (len(ways) + 3)]
+    out += [f"| {d} | {n} | {kind} | {' | '.join(shown(t[w]) for w in ways)} |" for d, n, kind, t in rows]
+    out += ["", "Ours over the best of theirs (below 1: faster). 4 bits: NF4 beside bitsandbytes' NF4. 8 bits: int8 beside the better of bitsandbytes "
+            "and torchao. Any: NF4 beside the best of all three. A miss is above 1.05 at 16 or 512 tokens.", "",
+            "| dtype | tokens | | 4 bits | 8 bits | any |", "|---|---|---|---|---|---|"]
+    for d, n, kind, t in rows:
+        mid = {w: statistics.median(v) for w, v in t.items()}
+        pairs = [(mid["lorakit nf4"], mid["bitsandbytes nf4"]), (mid["lorakit int8"], min(mid["bitsandbytes int8"], mid["torchao int8"])),
+                 (mid["lorakit nf4"], min(mid[w] for w in THEIRS))]
+        cells = [f"{a / b:.2f}{' **miss**' if n > 1 and a / b > 1.05 else ''}" for a, b in pairs]
+        out.append(f"| {d} | {n} | {kind} | {' | '.join(cells)} |")
+    return out
+
+
+def cpu() -> str:
+    told = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in told.read_text().splitlines() if line.startswith("model name")] if told.is_file() else []
+    return names[0] if names else platform.processor()
+
+
+def page(folders: dict[str, str], depth: int, rounds: int) -> str:
+    load_before = os.getloadavg()[0]
+    times = time_tables(product_times(rounds))
+    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "bitsandbytes", "torchao"))
+    head = [
+        "# Quantised bases: bytes, memory, error, time", "",
+        f"Made by `python -m benchmarks.stores --layers {depth} --rounds {rounds}` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: {platform.machine()}, "
+        f"{cpu()}, {os.cpu_count()} cores, one thread, load {load_before:.1f} from other work, {versions}.", "",
+        "## Memory", "",
+        "Linear layers but the head are packed; embeddings, norms and the head stay as they are (float32 here). Predicted: from the configuration alone, "
+        "`lorakit.planning.memory`. Peak: highest resident size while loading, less that of the bare imports; pages of the checkpoint that are mapped count "
+        f"too. The 1B shape is TinyLlama's (2048, 5632, 32 heads over 4) with {depth} of its 22 layers, random weights in bfloat16, in files of 200 MB.", "",
+        *memory_table(folders), "",
+        "## Error", "", "‖Q - W‖ / ‖W‖ for a Gaussian W (2048 × 2048).", "", *error_table(), "",
+        "## Time of a product", "",
+        f"Milliseconds of processor time, {SIDE} × {SIDE}, median of {rounds} rounds ± half the distance between the quartiles. All in training mode: "
+        "in evaluation bitsandbytes lays its weight out anew and has no gradients any more (`lorakit.stores.bitsandbytes`).", "", *times, ""]
+    return "\n".join(head)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--out", type=Path)
+    p.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    p.add_argument("--layers", type=int, default=22)
+    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--load", nargs=2)
+    a = p.parse_args()
+    warnings.simplefilter("ignore")
+    if a.load:
+        print(json.dumps(one_load(*a.load)))
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as at:
+        large(at, a.layers)
+        folders = {k: str(a.data / v) for k, v in MODELS.items() if (a.data / v / "config.json").is_file()} | {"1B shape": at}
+        text = page(folders, a.layers, a.rounds)
+    if a.out:
+        a.out.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

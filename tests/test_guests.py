@@ -1,0 +1,356 @@
+"""Layers that bitsandbytes, torchao and HQQ have quantised: every method on them computes with what their weight stands for, and merges are exact."""
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorakit
+from lorakit import host
+from lorakit.errors import LorakitError
+from lorakit.planning.memory import counting_saved
+from lorakit.sites import site_for
+from lorakit.stores import STORES, store_for
+from lorakit.testing.conformance import rel
+
+N, M = 192, 128
+
+
+def needs(library: str):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+
+
+def four_bits(kind="nf4", double=True, bias=True, dtype=torch.float32):
+    needs("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(N, M, bias=bias, quant_type=kind, compress_statistics=double)
+    layer.load_state_dict(nn.Linear(N, M, bias=bias).state_dict())
+    return layer.to(dtype).to("cpu")
+
+
+def eight_bits():
+    needs("bitsandbytes")
+    from bitsandbytes.nn import Linear8bitLt
+
+    layer = Linear8bitLt(N, M, has_fp16_weights=False)
+    layer.load_state_dict(nn.Linear(N, M).state_dict())
+    return layer.to("cpu")
+
+
+def torchao():
+    needs("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    m = nn.Sequential(nn.Linear(N, M))
+    quantize_(m, Int8WeightOnlyConfig())
+    return m[0]
+
+
+def hqq(bits=4, bias=True):
+    needs("hqq")
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    with torch.no_grad():
+        return HQQLinear(nn.Linear(N, M, bias=bias), BaseQuantizeConfig(nbits=bits, group_size=64), compute_dtype=torch.float32, device="cpu")
+
+
+GUESTS = {"nf4": four_bits, "nf4-plain": lambda: four_bits(double=False), "fp4": lambda: four_bits("fp4"), "int8": eight_bits, "torchao": torchao, "hqq4": hqq,
+          "hqq8-no-bias": lambda: hqq(8, bias=False)}
+METHODS = {"lora": {"r": 4}, "dora": {"r": 4}, "oft": {"block_size": 16, "r": 0}}
+guests = pytest.mark.parametrize("kind", GUESTS)
+
+
+def base(kind: str) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(GUESTS[kind]())
+
+
+def noisy(m: nn.Module) -> nn.Module:
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=g)
+    return m
+
+
+def adapted(kind: str, method: str = "lora") -> nn.Module:
+    m = base(kind).eval()
+    torch.manual_seed(3)
+    return noisy(lorakit.adapt(m, method, target_modules="0", **METHODS[method]))
+
+
+def dense_of(m: nn.Module) -> nn.Sequential:
+    """A model with an ordinary layer of the numbers that the weight stands for."""
+    store = store_for(m[0])
+    layer = nn.Linear(N, M, bias=m[0].bias is not None)
+    with torch.no_grad():
+        layer.weight.copy_(store.read())
+        if layer.bias is not None:
+            layer.bias.copy_(m[0].bias)
+    return nn.Sequential(layer)
+
+
+def grads(m: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    m.zero_grad()
+    m(x).square().sum().backward()
+    return {n: p.grad.clone() for n, p in m.named_parameters() if p.requires_grad} | {"": x.grad}
+
+
+X = torch.randn(5, 3, N, generator=torch.Generator().manual_seed(4))
+
+
+@guests
+def test_the_store_is_found_and_reads_what_the_library_reads(kind):
+    m = base(kind)
+    site = site_for(m[0])
+    name = next(n for n, s in STORES.items() if type(site.store) is s)
+    assert name not in ("dense", "packed") and (site.out, site.in_) == (M, N)
+    W = site.store.read()
+    assert W.shape == (M, N) and W.is_contiguous() and not W.requires_grad
+    if name == "bitsandbytes-4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        assert torch.equal(W, dequantize_4bit(m[0].weight.data, m[0].weight.quant_state))
+    with torch.no_grad():
+        own = m.train()(X)  # LLM.int8 rounds the inputs too in evaluation
+    assert rel(F.linear(X, W, m[0].bias), own) < 1e-5
+
+
+@guests
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_computes_and_learns_as_on_the_dense_weight(kind, method):
+    m = adapted(kind, method)
+    d = dense_of(base(kind))
+    torch.manual_seed(3)
+    d = noisy(lorakit.adapt(d, method, target_modules="0", **METHODS[method]))
+    for training in (False, True, False, True):
+        m.train(training)
+        with torch.no_grad():
+            assert rel(m(X), d(X)) < 1e-5
+        got, want = grads(m, X), grads(d, X)
+        assert got.keys() == want.keys() and len(got) > 1
+        assert all(want[k].any() and rel(got[k], want[k]) < 1e-4 for k in want), "evaluation must not spoil training"
+
+
+@guests
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_is_the_live_model_and_undone_to_the_bit(kind, method):
+    m = adapted(kind, method)
+    kept = {k: v.clone() for k, v in store_for(m[0]).tensors(store_for(m[0]).take()).items()}
+    with torch.no_grad():
+        live = m(X)
+        lorakit.merge(m)
+        assert rel(m(X), live) < 1e-5 and isinstance(m[0], nn.Linear)
+        lorakit.unmerge(m)
+        assert torch.equal(m(X), live)
+    store = store_for(m[0])
+    now = store.tensors(store.take())
+    assert now.keys() == kept.keys() and all(torch.equal(now[k], kept[k]) for k in kept)
+    lorakit.detach(m)
+    again = base(kind)
+    with torch.no_grad():
+        assert type(m[0]) is type(again[0]) and torch.equal(m.train()(X), again.train()(X))
+
+
+@guests
+def test_merged_and_unloaded_it_is_an_ordinary_layer(kind):
+    m = adapted(kind)
+    with torch.no_grad():
+        live = m(X)
+    lorakit.merge(m)
+    host.unload(m)
+    assert type(m[0]) is nn.Linear and type(m[0].weight) is nn.Parameter
+    keys = {"0.weight", "0.bias"} if m[0].bias is not None else {"0.weight"}
+    assert set(m.state_dict()) == keys
+    fresh = nn.Sequential(nn.Linear(N, M, bias=len(keys) == 2))
+    fresh.load_state_dict(m.state_dict())
+    with torch.no_grad():
+        assert rel(fresh(X), live) < 1e-5
+    held = sum(t.nbytes for v in vars(m[0]).values() if isinstance(v, torch.Tensor) for t in [v])
+    assert held == 0, "nothing quantised stays behind"
+
+
+@guests
+def test_an_adapter_is_saved_and_loaded(kind, tmp_path):
+    m = adapted(kind)
+    with torch.no_grad():
+        want = m(X)
+    lorakit.save(m, tmp_path)
+    again = lorakit.load(base(kind).eval(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(X), want)
+    store = store_for(m[0])
+    told = json.loads((tmp_path / "receipt.json").read_text())["base"]["tensors"]
+    assert {f"0.{k}" for k in store.tensors(store.take())} <= set(told), "the receipt knows the constants too"
+
+
+@guests
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_dense_is_kept_for_the_backward_pass(kind, method):
+    m, d = adapted(kind, method), dense_of(base(kind))
+    lorakit.adapt(d, method, target_modules="0", **METHODS[method])
+    sizes = []
+    for model in (m, d):
+        own = [t for s in [store_for(model[0])] for t in s.tensors(s.take()).values()]
+        with counting_saved(model) as saved:
+            model(X.clone().requires_grad_())
+        mine = {t.untyped_storage()._cdata for t in own}
+        sizes.append(sum(size for k, size in saved.items() if k not in mine))
+    assert sizes[0] <= sizes[1]
+
+
+@guests
+def test_writing_goes_through_the_librarys_own_rounding_and_back(kind):
+    m = base(kind)
+    store = store_for(m[0])
+    W, kept = store.read(), store.take()
+    new = W.flip(0) * 1.5
+    assert store.writable
+    want = store.rounded(new)
+    assert torch.equal(store.read(), W), "rounded() only looks"
+    store.write(new)
+    got = store.read()
+    assert torch.equal(got, want) and 0 < rel(got, new) + 1e-9 < store.eps + 1e-9
+    with torch.no_grad():
+        assert rel(m.train()(X), F.linear(X, got, m[0].bias)) < 1e-5, "the layer's own product sees it"
+    store.put(kept)
+    assert torch.equal(store.read(), W)
+    with torch.no_grad():
+        assert rel(m(X), F.linear(X, W, m[0].bias)) < 1e-5
+
+
+@guests
+def test_a_copy_is_its_own(kind):
+    m = adapted(kind)
+    c = copy.deepcopy(m)
+    with torch.no_grad():
+        want = m(X)
+        assert torch.equal(c(X), want)
+        lorakit.merge(c)
+        assert rel(c(X), want) < 1e-5 and torch.equal(m(X), want)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "torchao", "hqq4"])
+def test_autocast(kind):
+    m = adapted(kind)
+    x = X.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m(x)
+    y.float().sum().backward()
+    with torch.no_grad():
+        assert y.dtype == torch.bfloat16 and rel(y.float(), m(X)) < 2e-2
+    assert x.grad.dtype == torch.float32 and x.grad.any()
+
+
+# What bitsandbytes does on this kind of CPU
+
+
+def repacks() -> None:
+    needs("bitsandbytes")
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes lays weights out anew only on a CPU with AVX512-BF16")
+
+
+def test_the_trap_is_there_without_us():
+    repacks()
+    m = base("nf4").eval()
+    codes = m[0].weight.data.clone()
+    with torch.no_grad():
+        m(X)
+    assert not torch.equal(m[0].weight.data.view(-1), codes.view(-1)), "bitsandbytes has mended it: the guard can go"
+
+
+def test_evaluation_under_an_adapter_leaves_the_weight_alone():
+    repacks()
+    m = adapted("nf4")
+    codes, W = m[0].weight.data.clone(), store_for(m[0]).read()
+    with torch.no_grad():
+        m.eval()(X)
+        lorakit.activate(m)  # none: the layer's own forward
+        m(X)
+        lorakit.activate(m, "default")
+    assert torch.equal(m[0].weight.data, codes) and torch.equal(store_for(m[0]).read(), W)
+
+
+def test_a_weight_that_was_laid_out_anew_is_refused():
+    repacks()
+    m = base("nf4").eval()
+    with torch.no_grad():
+        m(X)
+    with pytest.raises(LorakitError, match="before its first call"):
+        lorakit.adapt(m, "lora", r=2, target_modules="0")
+    assert type(m[0]).__name__ == "Linear4bit"
+
+
+def test_layers_that_are_not_quantised_yet_are_refused():
+    needs("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for layer in (Linear4bit(N, M, quant_type="nf4"), Linear8bitLt(N, M, has_fp16_weights=False)):
+        with pytest.raises(LorakitError, match=r"mend: model.to\(device\)"):
+            lorakit.adapt(nn.Sequential(layer), "lora", r=2, target_modules="0")
+
+
+def test_a_torchao_weight_that_cannot_be_written_says_so():
+    needs("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, PerGroup, quantize_
+
+    m = nn.Sequential(nn.Linear(N, M))
+    quantize_(m, Int8WeightOnlyConfig(granularity=PerGroup(64)))
+    store = store_for(m[0])
+    assert not store.writable
+    with pytest.raises(LorakitError, match="cannot be quantised again from here; mend: lorakit.merge"):
+        store.write(store.read())
+
+
+# Whole models, as transformers loads them
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "torchao"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_models_as_transformers_loads_them(kind, dtype, tmp_path):
+    needs("torchao" if kind == "torchao" else "bitsandbytes")
+    import transformers
+
+    tiny.llama().save_pretrained(tmp_path / "base")
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        how = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        how = transformers.BitsAndBytesConfig(load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit", bnb_4bit_quant_type="nf4",
+                                              bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    m = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, dtype=dtype, device_map="cpu")
+    m = noisy(lorakit.adapt(m, "lora", r=4, target_modules="all-linear"))
+    assert all(type(s.site.store).__module__.endswith(("bitsandbytes", "torchao")) for s in host.slots(m).values()) and len(host.slots(m)) == 14
+    ids = tiny.ids()
+    live = tiny.logits(m)
+    m.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.any() for p in m.parameters() if p.requires_grad)
+    m.eval()
+    lorakit.save(m, tmp_path / "adapter")
+    lorakit.merge(m)
+    tol = 1e-4 if dtype == torch.float32 else 5e-2
+    assert rel(tiny.logits(m).float(), live.float()) < tol
+    lorakit.unmerge(m)
+    assert torch.equal(tiny.logits(m), live)
+
+
+def test_importing_lorakit_imports_no_guest():
+    code = "import sys, torch, lorakit, lorakit.stores; from lorakit.stores import store_for; store_for(torch.nn.Linear(2, 2)); " \
+           "print([n for n in ('bitsandbytes', 'torchao', 'hqq') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
