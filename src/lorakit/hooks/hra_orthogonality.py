@@ -36,7 +36,7 @@ class HRAOrthogonality(Hook):
     def extra_loss(self, model, outputs):
         norms = []
         for U in self.of:
-            U = U
+            U = U / U.norm(dim=-2, keepdim=True)
             far = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device) - U.mT @ U
             norms.append((far.square().sum() if self.squared else torch.linalg.matrix_norm(far).sum()).to(self.of[0].device))
         return self.weight * torch.stack(norms).sum()
