@@ -97,7 +97,8 @@ def page(rows: list[dict], a: argparse.Namespace) -> str:
              "| shapes | adapters | combination | PEFT | dense SVD | lorakit | PEFT / lorakit |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         theirs, ours = r["PEFT"], r["lorakit"]
-        times = "" if ours is None else f"{'> ' if theirs is None else ''}{(a.limit if theirs is None else theirs['seconds']) / ours['seconds']:.3g}×"
+        ratio = 0.0 if ours is None else (a.limit if theirs is None else theirs["seconds"]) / ours["seconds"]
+        times = "" if ours is None else f"{'> ' if theirs is None else ''}{ratio:{',.0f' if ratio >= 100 else '.2g'}}×"
         dense = say(r["dense SVD"]) if "dense SVD" in r else ""
         lines.append(f"| {r['shapes']} | {r['n']} | {r['kind']} | {say(theirs)} | {dense} | {say(ours)} | {times} |")
     return "\n".join(lines) + "\n"

@@ -59,7 +59,7 @@ def one_load(path: str, how: str) -> dict[str, float]:
 def load(path: str, how: str) -> dict[str, float]:
     """The same in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.stores", "--load", path, how]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -230,7 +230,7 @@ def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--out", type=Path)
     p.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
-    p.add_argument("--layers", type=int, default=22)
+    p.add_argument("--layers", type=int, default=8)
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--load", nargs=2)
     a = p.parse_args()

@@ -10,12 +10,15 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import lorakit
 from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.planning.memory import counting_saved
+from lorakit.quantized.bitsandbytes import parts_of, readable, translated
+from lorakit.quantized.hub import Quantize
 from lorakit.sites import site_for
 from lorakit.stores import STORES, store_for
 from lorakit.testing.conformance import rel
@@ -119,7 +122,7 @@ def test_the_store_is_found_and_reads_what_the_library_reads(kind):
     W = site.store.read()
     assert W.shape == (M, N) and W.is_contiguous() and not W.requires_grad
     if name == "bitsandbytes-4bit":
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit  # right for these shapes
 
         assert torch.equal(W, dequantize_4bit(m[0].weight.data, m[0].weight.quant_state))
     with torch.no_grad():
@@ -316,6 +319,22 @@ def test_a_torchao_weight_that_cannot_be_written_says_so():
         store.write(store.read())
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(24, 16), (128, 96), (64, 32), (100, 52), (16, 192)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_blocks_that_straddle_rows_are_read_right(shape, kind):
+    needs("bitsandbytes")
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(shape[1], shape[0], bias=False, quant_type=kind, compress_statistics=False)
+    W = layer.weight.data.clone()
+    layer = layer.to("cpu")
+    state = layer.weight.quant_state
+    got = store_for(layer).read()
+    assert torch.equal(got, _dequantize_4bit_compute(layer.weight.data.reshape(-1), state.absmax, state.code, 64, shape, torch.float32))
+    assert rel(got, W) < 0.14
+
+
 # Whole models, as transformers loads them
 
 
@@ -347,6 +366,44 @@ def test_models_as_transformers_loads_them(kind, dtype, tmp_path):
     assert rel(tiny.logits(m).float(), live.float()) < tol
     lorakit.unmerge(m)
     assert torch.equal(tiny.logits(m), live)
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "plain"])
+def test_nf4_checkpoints_are_read_without_bitsandbytes_to_the_bit(double, tmp_path):
+    needs("bitsandbytes")
+    import transformers as tf
+    from bitsandbytes.functional import dequantize_4bit
+
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(vocab_size=tiny.VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    how = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    m = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, dtype=torch.float32, device_map="cpu").train()
+    m.save_pretrained(tmp_path / "nf4")
+    tensors, packed = translated(load_file(tmp_path / "nf4" / "model.safetensors"))
+    config = tf.AutoConfig.from_pretrained(tmp_path / "nf4")
+    assert readable(config.quantization_config) and not readable({**config.quantization_config, "bnb_4bit_quant_type": "fp4"})
+    config.quantization_config = Quantize(packed=packed).to_dict()
+    got = tf.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
+    modules = dict(got.named_modules())
+    theirs = {n: layer for n, layer in m.named_modules() if type(layer).__name__ == "Linear4bit"}
+    assert len(theirs) == 7
+    for n, layer in theirs.items():
+        assert torch.equal(modules[n].weight, dequantize_4bit(layer.weight.data, layer.weight.quant_state)), n
+    assert rel(tiny.logits(got), tiny.logits(m)) < 1e-5
+
+
+def test_a_checkpoint_of_another_kind_is_refused():
+    needs("bitsandbytes")
+    told = {f"{k}": v for k, v in four_bits("fp4").state_dict().items()}
+    with pytest.raises(LorakitError, match="weight is kept as fp4, and only nf4"):
+        parts_of(told, "weight")
+    with pytest.raises(LorakitError, match="bias is no 4-bit weight"):
+        parts_of(told, "bias")
+    told = four_bits().state_dict()
+    told["weight.quant_map"] = told["weight.quant_map"] * 2
+    with pytest.raises(LorakitError, match="other numbers"):
+        parts_of(told, "weight")
 
 
 def test_importing_lorakit_imports_no_guest():

@@ -243,6 +243,8 @@ def test_the_verb(tmp_path, call):
     (tmp_path / "bad.yaml").write_text(f"adapters: [{a}, {b}]\nruel: knots\n")
     code, _, err = call("mix", tmp_path / "bad.yaml", "-o", tmp_path / "f")
     assert code == 1 and "ruel" in err and "did you mean `rule`" in err
+    code, _, err = call("mix", "-o", tmp_path / "f", "--base", tmp_path / "base")
+    assert code == 1 and "there is no adapter to mix" in err
     code, _, err = call("mix", a, b, "--weights", "0.6,x", "-o", tmp_path / "f")
     assert code == 1 and "`x`" in err
     assert not (tmp_path / "f").exists()

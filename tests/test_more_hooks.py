@@ -199,6 +199,8 @@ def test_tasks_are_numbered_by_their_sorted_names(base, tmp_path):  # noqa: F811
     assert at == {1: 0, 0: 1} and all("task" not in row for row in [*p.held, *p.heldout.rows])
     batch = d.Collator(0)(p.train.rows[:3])
     assert batch["task"].tolist() == [row["task"] for row in p.train.rows[:3]]
+    seen = r._looked_at(p, lorakit.recipes.compose("corda"))
+    assert seen and all("task" not in batch for batch in seen), "nor has a start that looks at data anything to do with tasks"
     plain = prepare(config(base, tmp_path, data=two_tasks(tmp_path)))
     assert all("task" not in row for row in plain.train.rows), "without such a hook the column means nothing"
 

@@ -106,7 +106,7 @@ def test_a_spec_goes_through_json_and_comes_back_equal(name):
     assert again == spec and again.to_dict() == spec.to_dict() and spec.recipe == name
 
 
-SIZES = {"vb-lora": {"vector_length": 4}, "fourierft": {"n_frequency": 40}}  # what a tiny model needs
+SIZES = {"vb-lora": {"vector_length": 4}, "fourierft": {"n_frequency": 40}, "qa-lora": {"group": 16}}  # what a tiny model needs
 REFUSED = {("hra", 1), ("spectral-rotation", 1)}  # one reflection is not the identity, one direction cannot turn
 
 
@@ -148,13 +148,13 @@ def test_ranks_one_and_two_work_from_start_to_file(name, r, tmp_path):
         assert float((tiny.logits(lorakit.merged(model)) - y).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if hasattr(r.method.core, "r")])
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if hasattr(r.method.core, "r") and not any(starts(n))])
 def test_a_rank_above_the_width_is_allowed_or_refused_by_name(name):
     model = nn.Sequential(nn.Linear(3, 4))
     try:
         lorakit.adapt(model, name, r=6, target_modules=["0"])
     except LorakitError as e:
-        assert ("fit" in str(e) or "divide" in str(e)) and "mend" in str(e)
+        assert any(w in str(e) for w in ("fit", "divide", "no whole groups")) and "mend" in str(e)
     else:
         assert model(torch.ones(1, 3)).shape == (1, 4)
 

@@ -229,8 +229,8 @@ def mix(adapters: Sequence[str | Path], output: str | Path, rule: str = "linear"
     (`lorakit.merges.stats`), of each adapter. options: the rule's own. seed: of what a rule draws. Raises LorakitError and writes nothing,
     or all of it, read back.
     """
-    if isinstance(adapters, str | Path):
-        raise LorakitError("mix: give a list of adapters")
+    if isinstance(adapters, str | Path) or not adapters:
+        raise LorakitError("mix: there is no adapter to mix" if not adapters else "mix: give a list of adapters")
     if model is not None:
         return mix_on(host.bare(model), [str(a) for a in adapters], str(output), rule, weights, rank, seed, stats, options)
     if base is not None and not isinstance(base, nn.Module):

@@ -371,7 +371,7 @@ class Additive(Method):
 
     def update(self, p, x, f, site, drop):
         dtype, two = x.dtype if x.is_floating_point() else site.dtype, self.two(p)
-        return site.op(drop(x), self.delta(p, f.weight).to(dtype)) if two is None else site.chain(drop(x), *(F.to(dtype) for F in two))
+        return site.op(drop(x), self.delta(p, f.weight).to(dtype)) if two is None else site.chain(x, *(F.to(dtype) for F in two), drop=drop)
 
 
 class LowRank(Additive):
@@ -391,9 +391,13 @@ class LowRank(Additive):
         B, A = self.two(p)
         return B @ A
 
+    def live(self, p: Params) -> tuple[Tensor | float, ...]:
+        """The factors as the forward pass takes them: a number among them scales the thin product, so that no scaled copy of a factor is kept."""
+        return self.factors(p)
+
     def update(self, p, x, f, site, drop):
         dtype = x.dtype if x.is_floating_point() else site.dtype
-        return site.chain(drop(x), *(F.to(dtype) for F in self.factors(p)))
+        return site.chain(x, *(F.to(dtype) if isinstance(F, Tensor) else F for F in self.live(p)), drop=drop)
 
 
 class Dynamic(Method):

@@ -78,13 +78,15 @@ def _number(word: str) -> float | None:
 
 def at_hand(adapters: Sequence[str], base: str | None) -> str | None:
     """The base to use: the one that was named, or the adapters' own where it lies on this machine."""
-    told = base or (Folder(adapters[0]).base if adapters else None)
+    told = base or Folder(adapters[0]).base
     here = told and (told == "embedded" or Path(told) == EMBEDDED or Path(told).is_dir())
     return told if base or here else None
 
 
 def run(m: Mix) -> Mixed:
     """Mixes and, with data, measures. Everything that can be wrong is said before a model is loaded."""
+    if not m.adapters:
+        raise LorakitError("mix: there is no adapter to mix; mend: name their folders, or a YAML file")
     if not m.output:
         raise LorakitError("mix: say where to write; mend: --output FOLDER, or `output` in the YAML file")
     rule = build(m.rule, ROWS, m.options)

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
+from lorakit.kernels.dropout import Dropout
 from lorakit.kernels.segments import Layout, layout, stacked
 from lorakit.maps import Affine, After, Applied, Base, Grouped, Map, Once, PerRow, Sum, same, spread
 from lorakit.method import Method, Params
@@ -165,7 +165,7 @@ class Slot:
 
     def drop(self, adapter: str) -> Callable[[Tensor], Tensor]:
         p = self.dropout.get(adapter, 0.0)
-        return partial(F.dropout, p=p) if p and self.module.training and self.site.drops else same
+        return Dropout(p) if p and self.module.training and self.site.drops else same
 
     def applied(self, adapter: str, inner: Map, gain: float = 1.0) -> Applied:
         return Applied(self.methods[adapter], self.params(adapter), inner, self.site, self.drop(adapter), gain)

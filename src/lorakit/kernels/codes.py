@@ -41,15 +41,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def words(packed: Tensor, bits: int, start: int, stop: int) -> Tensor:
-    """The words of the codes start … stop - 1 as int64; start is a multiple of `EVEN`."""
+    """The words of the codes start … stop - 1 as int32; start is a multiple of `EVEN`."""
     per, wide = WORDS[bits]
     a, b = start // per, -(-stop // per)
     if wide == 8:
-        return packed[a:b].long()
+        return packed[a:b].int()
     b += b % 2
     n = len(packed) * 2 // 3
     high = packed[n + a // 2 : n + b // 2]
-    return packed[a:b].long() | torch.stack([high >> 4, high & 15], 1).view(-1).long() << 8
+    return packed[a:b].int() | torch.stack([high >> 4, high & 15], 1).view(-1).int() << 8
 
 
 def unpack(packed: Tensor, bits: int, start: int, stop: int) -> Tensor:

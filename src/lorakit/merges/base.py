@@ -11,6 +11,7 @@ norms and sums of such vectors need no matrix of the layer's size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,7 +83,7 @@ def total(vectors: Sequence[Vector], coefficients: Sequence[float]) -> Vector:
         some = [(v.factors, c) for v, c in zip(vectors, coefficients, strict=True) if c and v.rank]
         if not some:
             return Vector.zero(vectors[0].shape)
-        dtype = max((t.dtype for f, _ in some for t in f), key=lambda d: torch.finfo(d).bits if d != torch.bfloat16 else 15)
+        dtype = functools.reduce(torch.promote_types, (t.dtype for f, _ in some for t in f))
         return Vector((torch.cat([f[0].to(dtype) * c for f, c in some], -1), torch.cat([f[1].to(dtype) for f, _ in some], -2)))
     out = torch.zeros(vectors[0].shape)
     for v, c in zip(vectors, coefficients, strict=True):
@@ -200,6 +201,7 @@ class Elementwise(Rule):
     def survey(self, stream, n):
         if getattr(self, "scope", "tensor") != "global":
             return None
+
         def read() -> Iterator[Sequence[Tensor]]:
             return (SPACES[self.space](v)[0] for _, v in stream())
 
@@ -252,7 +254,7 @@ def build(name: str, rows: dict[str, tuple[type[Rule], dict[str, Any]]], options
     """The rule of a name with its options. LorakitError with the nearest name of either."""
     word = name.lower().replace("_", "-").replace(" ", "-")
     if word not in rows:
-        raise LorakitError(f"unknown rule `{name}`{near(word, rows)}{'' if near(word, rows) else '; known are ' + ', '.join(rows)}")
+        raise LorakitError(f"unknown rule `{name}`{near(word, rows) or '; known are ' + ', '.join(rows)}")
     cls, preset = rows[word]
     fields = [f.name for f in dataclasses.fields(cls)]
     for k in options:

@@ -94,8 +94,8 @@ class Mixing:
 
     def _check(self, name: str, given: Sequence[float] | None) -> None:
         n, w = len(self.sources), self.weights
-        if not n or not self.paths:
-            raise LorakitError("mix: there is no adapter to mix" if not n else "mix: the adapters have no target on which a rule could act")
+        if not self.paths:
+            raise LorakitError("mix: the adapters have no target on which a rule could act")
         if len(w) != n:
             raise LorakitError(f"mix: {n} adapters but {len(w)} weights")
         if bad := [x for x in w if not math.isfinite(x)]:

@@ -68,6 +68,9 @@ class LoRA(LowRank):
     def factors(self, p):
         return p["B"] * self.s, p["A"]
 
+    def live(self, p):
+        return p["B"], self.s, p["A"]
+
     def transpose(self, p):
         return None if self.lora_bias else {"A": p["B"].mT, "B": p["A"].mT}
 

@@ -69,13 +69,15 @@ class Site:
         """Multiply the channels of h by v."""
         return h * v
 
-    def chain(self, x: Tensor, *factors: Tensor) -> Tensor:
-        """Act with F1 F2 … Fn without forming the product; a 1-D factor is a diagonal, the last is (r, i)."""
+    def chain(self, x: Tensor, *factors: Tensor | float, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Act with F1 F2 … Fn on drop(x) without forming the product; a 1-D factor is a diagonal, a number a scale, the last is (r, i)."""
         *rest, A = factors
-        h = self.down(x, A)
-        first = next((k for k, M in enumerate(rest) if M.dim() == 2), -1)  # from here to the left: output channels
+        times = None if self.slides or self.lookup else getattr(drop, "times", None)
+        h = times(x, A) if times else self.down(x if drop is None else drop(x), A)
+        first = next((k for k, M in enumerate(rest) if isinstance(M, Tensor) and M.dim() == 2), -1)  # from here to the left: output channels
         for k in reversed(range(len(rest))):
-            h = (self.scale if rest[k].dim() == 1 else self.mix)(h, rest[k], k <= first)
+            M = rest[k]
+            h = h * M if not isinstance(M, Tensor) else (self.scale if M.dim() == 1 else self.mix)(h, M, k <= first)
         return h
 
     def add_bias(self, y: Tensor, b: Tensor | None) -> Tensor:

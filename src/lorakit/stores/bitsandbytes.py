@@ -1,6 +1,7 @@
 """Layers of bitsandbytes: `Linear4bit` (NF4, FP4; QLoRA, arXiv 2305.14314) and `Linear8bitLt` (LLM.int8, arXiv 2208.07339).
 
-NF4 codes and constants are those of our own NF4, so the product is ours too. On CPUs with AVX512-BF16 bitsandbytes lays the codes out anew, in
+NF4 codes and constants are those of our own NF4, so the product is ours too; bitsandbytes 0.50 itself reads a matrix wrongly on a CPU where its blocks
+straddle rows of a multiple of 16 (128 x 96 in blocks of 64). On CPUs with AVX512-BF16 bitsandbytes lays the codes out anew, in
 place, and rounds the constants at the first call in evaluation; from then on reading the weight gives something else and gradients vanish. So that is
 switched off for a layer as soon as it is looked at here, and refused where it has happened.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.kernels.codes import look_up
 from lorakit.stores.guest import Guest, comes_from
 from lorakit.stores.normal_float import NESTED, NormalFloat
 from lorakit.stores.product import Product
@@ -58,27 +60,33 @@ class FourBits(Guest):
         return tuple(self.state.shape)
 
     @property
-    def ours(self) -> tuple[NormalFloat, Parts] | None:
-        """As our own scheme and its parts, which share their memory; None for FP4."""
+    def parts(self) -> tuple[NormalFloat, Parts]:
+        """As our own scheme and its parts, which share their memory; FP4 has other numbers for its codes."""
         state = self.state
-        if state.quant_type != "nf4" or (state.nested and state.state2.blocksize != NESTED):
-            return None
+        if state.nested and state.state2.blocksize != NESTED:
+            raise LorakitError(f"the constants are kept in blocks of {state.state2.blocksize}, and bitsandbytes itself knows only {NESTED}")
         parts = {"codes": self.module.weight.detach().view(torch.uint8).view(-1), "absmax": state.absmax if state.nested else state.absmax.float()}
         if state.nested:
             parts |= {"nested_absmax": state.state2.absmax.float(), "offset": state.offset.float()}
         return NormalFloat(4, state.blocksize, state.nested), parts
 
-    def dense(self, dtype):
-        if ours := self.ours:
-            return ours[0].matrix(ours[1], *self.shape, dtype)
-        from bitsandbytes.functional import dequantize_4bit
+    @property
+    def normal(self) -> bool:
+        return self.state.quant_type == "nf4"
 
-        return dequantize_4bit(self.module.weight.data, self.state).to(dtype)
+    def dense(self, dtype):
+        scheme, parts = self.parts
+        n, m = self.shape
+        if self.normal:
+            return scheme.matrix(parts, n, m, dtype)
+        flat = look_up(parts["codes"], tuple(self.state.code.tolist()), 4, 0, n * m, torch.float32)
+        c = scheme.constants(parts, 0, -(-n * m // scheme.block))
+        return (flat * c.repeat_interleave(scheme.block)[: n * m]).view(n, m).to(dtype)
 
     def linear(self, site, x, bias):
-        if not (ours := self.ours):
+        if not self.normal:
             return super().linear(site, x, bias)
-        scheme, parts = ours
+        scheme, parts = self.parts
         return Product.apply(x, bias, scheme, self.shape, tuple(parts), *parts.values(), *[None] * (4 - len(parts)))
 
     def write(self, W):

@@ -204,7 +204,7 @@ def initialize_lora_eva_weights(model: nn.Module, dataloader: Iterable | None = 
             (r, i), core = found[path].shape, method.core
             if i != slot.parameters(adapter_name)["A"].shape[1]:
                 raise LorakitError(f"{path}: the eva_state_dict has directions of {i} numbers there, its input has {slot.site.in_}; mend: the same base")
-            again = {"alpha": core.alpha} if config.eva_config.adjust_scaling_factors else {}
+            again = {"alpha": core.alpha * r / core.r} if config.eva_config.adjust_scaling_factors else {}
             method = None if not r else method if r == core.r else method.having(r=r, **again)
         if method is not None:
             plan[path] = method

@@ -92,7 +92,7 @@ def _pieces(ids: list[int], on: list[bool], size: int) -> list[Row]:
 
 def _task(row: Row) -> Row:
     """The number of the row's task, where it has one."""
-    return {"task": row["task"]} if "task" in row else {}
+    return {"task": row["task"]} if isinstance(row.get("task"), int) else {}
 
 
 def _encoded(rows: list[Row], dropped: int, truncated: int) -> Encoded:
