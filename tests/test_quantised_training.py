@@ -365,3 +365,36 @@ def test_dequantising_gives_ordinary_layers_of_the_same_function():
     y = m(torch.eye(N))
     m = dequantize(m)
     assert type(m[0]) is nn.Linear and torch.allclose(m(torch.eye(N)), y, atol=1e-6) and math.prod(m[0].weight.shape) == N * N
+
+
+# On the packed base itself
+
+
+def test_methods_that_read_the_weight_get_the_right_gradient():
+    for method in ("dora", "oft", "fourierft", "lokr"):
+        grads = []
+        for k in (model("nf4"), dequantize(model("nf4"))):
+            lorakit.adapt(k, method, target_modules="0")
+            torch.manual_seed(1)
+            for p in k.parameters():
+                if p.requires_grad:
+                    nn.init.normal_(p, std=0.1)
+            x = torch.randn(4, N, generator=torch.Generator().manual_seed(2))
+            grads.append(torch.autograd.grad(k(x).square().sum(), [p for p in k.parameters() if p.requires_grad]))
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True)), method
+
+
+def test_the_product_can_be_differentiated_twice():
+    m = model("nf4").double()
+    x = torch.randn(2, N, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: m(x) ** 2, (x[:1],))
+
+
+def test_an_adapter_on_another_base_says_what_is_quantised(folder, tmp_path):
+    q = lorakit.adapt(load_base(folder, quantize="nf4"), "lora", r=2)
+    lorakit.save(q, tmp_path / "a")
+    assert lorakit.verify(tmp_path / "a").points[1].ok, "verify packs the base as the receipt says"
+    with pytest.raises(LorakitError, match="quantised when saved, not here"):
+        lorakit.load(load_base(folder), tmp_path / "a")
+    with pytest.raises(LorakitError, match="values differ"):
+        lorakit.load(load_base(folder, quantize={"name": "nf4", "double_quant": True, "block": 32}), tmp_path / "a", check_base=True)

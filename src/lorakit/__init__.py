@@ -20,6 +20,7 @@ from lorakit.api import (
     given,
     load,
     merge,
+    merge_checkpoint,
     merged,
     mix,
     rows,
@@ -35,5 +36,6 @@ from lorakit.proof import verify
 from lorakit.quantized import dequantize, quantize
 
 __version__ = "0.1.0"
-__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "convert", "delete", "dequantize", "detach", "diff", "disabled", "freeze", "given",
-           "load", "merge", "merged", "mix", "quantize", "rows", "save", "save_base", "save_merged", "shrink", "trainable", "unmerge", "verify"]
+__all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "convert", "delete", "dequantize", "detach", "diff", "disabled", "freeze",
+           "given", "load", "merge", "merge_checkpoint", "merged", "mix", "quantize", "rows", "save", "save_base", "save_merged", "shrink",
+           "trainable", "unmerge", "verify"]

@@ -30,8 +30,9 @@ from lorakit.merges.mix import Mixed, Stats, mix_on
 from lorakit.merges.mix import mix as mix_
 from lorakit.merges.routes import route as by_route
 from lorakit.merges.shrink import shrink as shrink_
+from lorakit.merges.streamed import merge_checkpoint as merge_files
 from lorakit.method import Method
-from lorakit.models import load_base, load_tokenizer, task_of
+from lorakit.models import load_base, load_tokenizer, skeleton, task_of, where
 from lorakit.proof import check_probe, check_saved, load_base_for, same_function
 from lorakit.quantized import note, packed, quantize
 from lorakit.quantized.bits import allot
@@ -334,6 +335,19 @@ def save_merged(model: nn.Module, path: str | Path, tokenizer: Any = None, route
         again = load_base(tmp, task_of(type(new).__name__), dtype=next(new.parameters()).dtype)
         same_function(new, again, f"the merged model written to {path}")
     return path
+
+
+def _task(read: folder.Folder) -> str:
+    info = (read.receipt or {}).get("base", {})
+    return task_of(info["class"]) if "class" in info else "causal-lm"
+
+
+def merge_checkpoint(base: str | Path, adapter: str | Path, output: str | Path) -> list[str]:
+    """Base folder + adapter folder -> merged folder, one weight in memory at a time, without loading the model; returns the weights that changed.
+
+    Nothing is verified but shapes and finite numbers: `lorakit.verify(adapter, base, merged=output)` does the rest. The output is whole or absent.
+    """
+    return merge_files(where(base), adapter, output, skeleton(base, _task(folder.Folder(adapter))))
 
 
 @dataclass(frozen=True)

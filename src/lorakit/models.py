@@ -78,6 +78,18 @@ def load_base(base: str | Path, task: str = "causal-lm", *, dtype: str | torch.d
     return model
 
 
+def skeleton(base: str | Path, task: str = "causal-lm") -> nn.Module:
+    """The model of a base without its values, on the meta device."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(where(base))
+    except (OSError, ValueError) as e:
+        raise LorakitError(f"could not read the configuration of {base}: {_first(e)}") from e
+    with torch.device("meta"):
+        return getattr(transformers, TASKS[task]).from_config(config)
+
+
 def _quantized(name: str, revision: str | None) -> str | None:
     """How a checkpoint is quantised, by its configuration."""
     from transformers import PretrainedConfig

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from lorakit.errors import LorakitError
 
-VERBS = ("plan", "train", "compare", "tune", "generate", "chat", "quantize", "merge", "mix", "diff", "shrink", "convert", "verify", "inspect", "methods", "config", "env")
+VERBS = ("plan", "train", "compare", "tune", "generate", "chat", "quantize", "merge", "mix", "diff", "shrink", "convert", "verify", "inspect", "methods",
+         "config", "env")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(help="The whole LoRA family: train, merge, verify and use low-rank adapters.", no_args_is_help=True, add_completion=False,

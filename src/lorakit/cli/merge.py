@@ -3,6 +3,7 @@
     lorakit merge runs/a/adapter -o merged
     lorakit merge runs/a/adapter -o merged --dtype bfloat16
     lorakit merge runs/qlora/adapter -o merged --route requantize
+    lorakit merge runs/a/adapter -o merged --streamed --base ./base    # one weight in memory at a time; verify it with --merged
 
 The folder appears whole or not at all; it is read back from disk and verified before the verb ends. Where an adapted
 embedding was tied to the head, the two part, and the configuration says so.
@@ -25,6 +26,7 @@ def merge(
     base: Annotated[str | None, typer.Option(help="base model; default: the one the adapter names")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     route: Annotated[str, typer.Option(help="what becomes of a quantised base: dequantized, requantize or exact")] = "dequantized",
+    streamed: Annotated[bool, typer.Option("--streamed", help="weight by weight in a copy of the base's files; the model is not loaded")] = False,
     force: Annotated[bool, typer.Option("--force", help="requantize though rounding loses most of the adapter")] = False,
 ) -> None:
     """Write the adapter into the base's weights, save the model, read it back, and verify that it is base + adapter."""
@@ -35,6 +37,10 @@ def merge(
     from lorakit.models import load_tokenizer
     from lorakit.proof import verify as check
 
+    if streamed:
+        changed = api.merge_checkpoint(base_of(adapter, base), adapter, output)
+        out.print(f"{len(changed)} weights changed; merged model: {output}", markup=False)
+        return
     model = model_for(adapter, base, dtype)
     api.load(model, adapter)
     name = base_of(adapter, base)

@@ -22,11 +22,36 @@ def skew(v: Tensor) -> Tensor:
     return T - T.mT
 
 
+def cayley_slow(Q: Tensor) -> Tensor:
+    one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
+    return torch.linalg.solve(one + Q, one - Q)  # the two commute
+
+
+class _Cayley(torch.autograd.Function):
+    """Keeps R alone: I + R = 2 (I + Q)⁻¹, so that dR = -½ (I + R) dQ (I + R) and the backward pass solves nothing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(Q):
+        with torch.autocast(Q.device.type, enabled=False):
+            return cayley_slow(Q)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, g):
+        (R,) = ctx.saved_tensors
+        with torch.autocast(R.device.type, enabled=False):
+            S = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).mT
+            return S @ g @ S * -0.5
+
+
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q)(I + Q)⁻¹: orthogonal for any skew Q."""
-    with torch.autocast(Q.device.type, enabled=False):
-        one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
-        return torch.linalg.solve(one + Q, one - Q)  # the two commute
+    return _Cayley.apply(Q)
 
 
 def cayley_series(Q: Tensor, terms: int) -> Tensor:

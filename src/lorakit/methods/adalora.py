@@ -41,9 +41,15 @@ class AdaLoRA(LowRank):
     def dims(self, o, i):
         return super().dims(o, i) | {"one": 1, "rank": self.left or self.r}
 
+    @property
+    def s(self) -> float:
+        return (self.alpha if self.alpha > 0 else self.r) / (self.r + 1e-5)
+
     def factors(self, p):
-        s = (self.alpha if self.alpha > 0 else self.r) / (self.r + 1e-5)
-        return p["P"] * s, p["E"].squeeze(-1), p["Q"]
+        return p["P"] * self.s, p["E"].squeeze(-1), p["Q"]
+
+    def live(self, p):
+        return p["P"], self.s, p["E"].squeeze(-1), p["Q"]
 
     def for_files(self, p):
         live = (p["E"] != 0).flatten(0, -3).any(0).flatten() if p["E"].dim() > 2 else (p["E"] != 0).flatten()  # of a stack: in any of its matrices

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorakit import host
 from lorakit.errors import LorakitError, near
 from lorakit.sites import site_for
+from lorakit.stores import guest
 from lorakit.stores.layer import PREFIX, PackedLayer, packed_class
 from lorakit.stores.scheme import Scheme, has_values, scheme_of
 from lorakit.targets import select
@@ -30,7 +31,7 @@ def _matrix(module: nn.Module, scheme: Scheme, path: str) -> tuple[tuple[int, in
     """Shape of the matrix that a layer's weight is packed as, rows along its inputs, and whether that is the transposed weight."""
     where, site = path or type(module).__name__, site_for(module, path)
     W = module._parameters.get("weight")
-    if W is None or not W.is_floating_point():
+    if W is None or not W.is_floating_point() or guest(module) is not None:
         raise LorakitError(f"{where}: its weight is no ordinary parameter, so it cannot be quantised{' again' if isinstance(module, PackedLayer) else ''}")
     turned = site.transposed and not site.lookup
     shape = tuple(W.shape) if site.lookup else (site.out, site.in_)

@@ -150,12 +150,6 @@ class EightBits(Guest):
         weight = type(was)(W.detach().float().cpu(), requires_grad=False, has_fp16_weights=False).to(was.device)
         self.put({"weight": weight, "state": state})
 
-    def put(self, kept):
-        state, weight = kept["state"], kept["weight"]
-        if weight.CB is not None:
-            state.CB = state.SCB = None
-        super().put(kept)
-
     def tensors(self, kept):
         on = kept["weight"].SCB
         return {"weight": kept["weight"].data, "SCB": kept["state"].SCB if on is None else on}

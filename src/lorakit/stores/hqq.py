@@ -63,7 +63,6 @@ class HQQ(Guest):
         m, bias = self.module, kept["bias"]
         for k in ("weight", "bias"):
             m._parameters.pop(k, None)
-        vars(m).pop("bias", None)
         super().put({k: kept[k] for k in self.kept})
         if isinstance(bias, nn.Parameter):
             m.register_parameter("bias", bias)

@@ -1,0 +1,82 @@
+"""The price benchmark's exact part: bytes saved for the backward pass, beside PEFT; and dropout that keeps no mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks import price
+from lorakit.kernels.cayley import cayley, cayley_slow, skew
+from lorakit.kernels.dropout import LANES, Dropout, _Dropped, dropped_slow, mask
+
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 128, "rows": 2, "tokens": 64}
+PLAIN, DROPPED = "lora", "lora, dropout 0.05"
+
+
+@pytest.mark.parametrize("name", [PLAIN, DROPPED, "adalora", "dora", "boft", "hra"])
+def test_saves_no_more_than_peft(name):
+    pytest.importorskip("peft")
+    ours, theirs = price.both(name, SHAPE)
+    ours.eval(), theirs.eval()
+    assert torch.allclose(price.call(ours, SHAPE)(), price.call(theirs, SHAPE)(), rtol=1e-3)
+    assert price.saved(ours.train(), SHAPE) <= price.saved(theirs.train(), SHAPE)
+
+
+def test_dropout_saves_nothing_of_the_width():
+    """What dropout adds to LoRA's saved bytes is less than one bool mask of one layer's input would take."""
+    plain, dropped = (price.saved(price.both(n, SHAPE)[0].train(), SHAPE) for n in (PLAIN, DROPPED))
+    assert dropped - plain < SHAPE["rows"] * SHAPE["tokens"] * SHAPE["hidden_size"]
+
+
+def inputs(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    return (torch.randn(3, 5, generator=g, dtype=dtype, requires_grad=True), torch.randn(2, 5, generator=g, dtype=dtype, requires_grad=True))
+
+
+def test_dropout_equals_its_reference():
+    x, A = inputs()
+    fast, slow = (torch.autograd.grad(f(x, A, 0.3, 7).square().sum(), (x, A)) for f in (_Dropped.apply, dropped_slow))
+    assert torch.allclose(_Dropped.apply(x, A, 0.3, 7), dropped_slow(x, A, 0.3, 7))
+    assert all(torch.allclose(a, b) for a, b in zip(fast, slow, strict=True))
+    assert torch.autograd.gradcheck(lambda x, A: _Dropped.apply(x, A, 0.3, 7), (x, A))
+    assert torch.autograd.gradgradcheck(lambda x, A: _Dropped.apply(x, A, 0.3, 7), (x, A))
+
+
+def test_the_mask_drops_its_share_and_follows_its_seed():
+    kept = mask(torch.Size([400, 401]), 0.3, 5, torch.device("cpu"))
+    n, p = kept.numel(), round(0.3 * LANES) / LANES
+    assert abs(float((~kept).double().mean()) - p) < 5 * (p * (1 - p) / n) ** 0.5
+    assert torch.equal(kept, mask(kept.shape, 0.3, 5, kept.device)) and not torch.equal(kept, mask(kept.shape, 0.3, 6, kept.device))
+
+
+def test_a_checkpoint_that_is_computed_again_has_the_same_mask():
+    def gradient(run):
+        x, A = inputs()
+        torch.manual_seed(1)
+        return torch.autograd.grad(run(lambda x, A: Dropout(0.5).times(x, A).square().sum(), x, A), (x, A))
+
+    plain, again = gradient(lambda f, x, A: f(x, A)), gradient(lambda f, x, A: checkpoint(f, x, A, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_dropout_under_autocast_is_of_its_dtype_and_the_gradients_of_theirs():
+    x, A = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, slow = _Dropped.apply(x, A, 0.3, 7), dropped_slow(x, A, 0.3, 7)
+    assert fast.dtype == slow.dtype == torch.bfloat16 and torch.allclose(fast.float(), slow.float(), atol=0.05)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(fast.float().sum(), (x, A)))
+
+
+def test_cayley_equals_its_reference_and_keeps_only_its_result():
+    v = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    target = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.allclose(cayley(skew(v)), cayley_slow(skew(v)))
+    assert torch.allclose(*(torch.autograd.grad((f(skew(v)) * target).sum(), v)[0] for f in (cayley, cayley_slow)))
+    Q = target.clone().requires_grad_(True)  # the gradient does not need Q to be skew
+    assert torch.autograd.gradcheck(cayley, (Q,)) and torch.autograd.gradgradcheck(cayley, (Q,))
+    assert torch.allclose(torch.vmap(cayley)(Q), cayley_slow(Q))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        R = cayley(Q)
+    assert [t.untyped_storage()._cdata for t in kept] == [R.untyped_storage()._cdata]
