@@ -99,7 +99,7 @@ def test_every_known_name_finds_its_entry():
     every = catalog.entries()
     for e in every:
         for n in (e["name"], *e["aliases"], e["title"]):
-            assert any(f["name"] == e["name"] and f["kind"] == e["kind"] for f in catalog.show(n)), n
+            assert any(f["name"] == e["name"] and f["kind"] == e["kind"] for f in catalog.show(n, every)), n
         assert {"name", "kind", "title", "formula", "paper", "aliases"} <= set(e)
     for n in ("LoRA", "rsLoRA", "DoRA", "LoRA-FA", "lora_plus", "LoRA+", "2402.09353", "Asymmetric LoRA"):
         assert catalog.show(n)

@@ -30,7 +30,7 @@ CASES = [("llama", "lora", {}), ("llama", "lora", {"r": 32, "target_modules": "a
          ("llama", "lora-nonzero", {}), ("llama", "full", {}), ("llama", None, {}), ("tied", "lora", {"target_modules": ["embed_tokens", "q_proj"]}),
          ("gpt2", "lora", {}), ("gpt2", "dora", {"lora_dropout": 0.1}), ("opt", "lora", {"bias": "all"}), ("opt", "bitfit", {}),
          ("llama", "lora", {"modules_to_save": ["norm"]}), ("llama", "lora", {"trainable_token_indices": [3, 4]}),
-         ("llama", "lora", {"quantize": "nf4"}), ("gpt2", "dora", {"quantize": {"name": "int3", "group": 8}}), ("llama", "oft", {"quantize": "int8"})]
+         ("llama", "lora", {"quantize": "nf4"}), ("gpt2", "dora", {"quantize": {"name": "int4", "group": 8}}), ("llama", "oft", {"quantize": "int8"})]
 
 
 def real(kind, adapter, options, checkpointing=False, dtype=torch.float32):

@@ -87,14 +87,14 @@ def entries() -> list[dict[str, Any]]:
     return out
 
 
-def show(name: str) -> list[dict[str, Any]]:
-    """Every entry that has this name or alias, or is about this paper. LorakitError with the nearest names otherwise."""
+def show(name: str, every: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Every entry (of `entries()`) that has this name or alias, or is about this paper. LorakitError with the nearest names otherwise."""
     word = name.lower().replace("_", "-").replace(" ", "-")
 
     def names(e: dict[str, Any]) -> set[str]:
         return {n.lower().replace("_", "-").replace(" ", "-") for n in (e["name"], e["title"], e["paper"], *e["aliases"]) if n}
 
-    every = entries()
+    every = entries() if every is None else every
     found = [e for e in every if word in names(e)]
     if not found:
         raise LorakitError(f"nothing is called `{name}`{near(word, sorted(set().union(*map(names, every))))}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 LANES = 65536
 
@@ -63,4 +64,4 @@ class Dropout:
         """drop(x) Aᵀ, (…, i), (r, i) -> (…, r)."""
         if torch.compiler.is_compiling():
             return F.linear(self(x), A)
-        return _Dropped.apply(x, A, self.p, int(torch.randint(2**62, (1,))))
+        return _Dropped.apply(x, A, self.p, 0 if isinstance(x, FakeTensor) else int(torch.randint(2**62, (1,))))

@@ -15,6 +15,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,17 @@ class Holder(nn.Module):
         return self.layer(x)
 
 
+def _base(layer: str, dtype: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    build, feed = LAYERS[layer]
+    return Holder(build().to(DTYPES[dtype][0])).eval(), feed(DTYPES[dtype][0])
+
+
+@cache
+def _site(layer: str, dtype: str) -> Site:
+    return site_at(dict(_base(layer, dtype)[0].named_modules()), TARGET.get(layer, "layer"))
+
+
 @dataclass(frozen=True)
 class Case:
     """One method on one kind of layer in one dtype."""
@@ -171,10 +183,7 @@ class Case:
         return DTYPES[self.dtype][1]
 
     def base(self) -> tuple[nn.Module, Tensor]:
-        torch.manual_seed(0)
-        build, feed = LAYERS[self.layer]
-        dtype = DTYPES[self.dtype][0]
-        return Holder(build().to(dtype)).eval(), feed(dtype)
+        return _base(self.layer, self.dtype)
 
     @property
     def path(self) -> str:
@@ -182,7 +191,8 @@ class Case:
 
     @property
     def site(self) -> Site:
-        return site_at(dict(self.base()[0].named_modules()), self.path)
+        """The target's geometry, on a layer that no adapter is put on."""
+        return _site(self.layer, self.dtype)
 
     @property
     def fits(self) -> bool:
