@@ -31,7 +31,7 @@ MAY = {  # unit -> units of lorakit it may import, besides itself and errors
     "spec": {"host", "inits", "method", "methods", "sites", "targets"},
     "recipes": {"inits", "method", "methods", "spec"},
     "formats": {"quantized", "host", "kernels", "maps", "method", "methods", "sites", "spec", "stores"},
-    "merges": {"formats", "host", "kernels", "maps", "method", "methods", "proof", "recipes", "sites", "spec"},
+    "merges": {"formats", "host", "kernels", "maps", "method", "methods", "proof", "recipes", "sites", "spec", "targets"},
     "proof": {"formats", "host", "method", "models", "sites"},
     "api": CORE, "__init__": CORE,
 }

@@ -229,3 +229,12 @@ def _by(model, targets, every, what) -> list[str]:
             raise LorakitError(f"{what}: the regular expression {targets!r} matches no adaptable module's whole path; one path is `{(kinds or ['none'])[0]}`")
         return list(dict.fromkeys(p for n in hit for p in _stands_for(n, every[n])))
     return _named(list(targets), every, what)
+
+
+def weight_in(path: str, names: Iterable[str]) -> str:
+    """The name that a checkpoint has for a module's weight, with or without the model's prefix. LorakitError where none, or several, fit."""
+    want, every = f"{path}.weight", list(names)
+    found = [n for n in every if n == want or n.endswith(f".{want}") or want.endswith(f".{n}")]
+    if want in found or len(found) == 1:
+        return want if want in found else found[0]
+    raise LorakitError(f"the base holds no tensor for `{want}`{near(want, every)}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import LorakitError, near
+from lorakit.errors import LorakitError
 from lorakit.formats.files import new_folder
 from lorakit.formats.folder import Folder, Part
 from lorakit.sites import Site, site_at
+from lorakit.targets import weight_in
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -63,15 +63,6 @@ def entries(folder: Path) -> dict[str, Entry]:
     return out
 
 
-def _named(path: str, there: Mapping[str, Entry]) -> str:
-    """The checkpoint's name of a module's weight: with or without the model's prefix."""
-    want = f"{path}.weight"
-    found = [n for n in there if n == want or n.endswith(f".{want}") or want.endswith(f".{n}")]
-    if want in found or len(found) == 1:
-        return want if want in found else found[0]
-    raise LorakitError(f"the base holds no tensor for `{want}`{near(want, there)}")
-
-
 def _merged(path: str, part: Part, site: Site, W: Tensor) -> Tensor:
     method = part.method
     odd = [k for k, leaf in method.leaves.items() if leaf.shared or leaf.derived or (k not in part.leaves and not leaf.biased and not leaf.only)]
@@ -111,7 +102,7 @@ def merge_checkpoint(base: str | Path, adapter: str | Path, output: str | Path, 
         if not there:
             raise LorakitError(f"{base} has no safetensors file; mend: save it with transformers' save_pretrained first")
         for path, part in folder.parts().items():
-            site, name = site_at(modules, path), _named(path, there)
+            site, name = site_at(modules, path), weight_in(path, there)
             if uses.get(id(modules[path]._parameters.get("weight")), 1) > 1:
                 raise LorakitError(f"{path}: its weight is tied to another, and merging would part them; mend: lorakit merge without --streamed")
             entry = there[name]

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorakit.errors import LorakitError
 from lorakit.quantized import described, own_weights, pack, prepare
 from lorakit.stores.scheme import Scheme, scheme_of
-from lorakit.targets import select
+from lorakit.targets import select, weight_in
 
 METHOD = "lorakit"
 
@@ -123,12 +123,13 @@ class OnDisk:
         from safetensors import safe_open
 
         files = _files(self.base, self.revision)
-        for name, file in files.items():
-            if name == f"{self.path}.weight" or name.endswith(f".{self.path}.weight") or self.path.endswith(f".{name.removesuffix('.weight')}"):
-                with safe_open(file, "pt") as f:
-                    return f.get_tensor(name)
-        raise LorakitError(f"{self.base} has no tensor for {self.path}.weight, so its values from before quantisation are not known; mend: "
-                           "lorakit.quantize(model, …, keep=True) on a model that was loaded unquantised")
+        try:
+            name = weight_in(self.path, files)
+        except LorakitError as e:
+            raise LorakitError(f"{self.base}: {e}, so its values from before quantisation are not known; mend: lorakit.quantize(model, …, keep=True) on a "
+                               "model that was loaded unquantised") from None
+        with safe_open(files[name], "pt") as f:
+            return f.get_tensor(name)
 
 
 def _files(base: str, revision: str | None) -> dict[str, str]:
