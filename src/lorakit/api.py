@@ -267,7 +267,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None, *, form: s
     model = host.bare(model)
     path = folder.save(model, path, name, form=form, rank=rank, lineage=lineage)
     check_saved(path, model)
-    if repacked(model) and not Path(getattr(model, "name_or_path", "")).is_dir():
+    if repacked(model) and not host.state_of(model).own_base:
         warnings.warn(f"{path}: its start made the quantised base anew, and this adapter fits no other; mend: lorakit.save_base(model, folder)", stacklevel=2)
     return path
 
@@ -293,6 +293,8 @@ def save_base(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Path
         if diff := compare_bases(prints, fingerprint(again)):
             raise LorakitError(f"the base read back from {path} is another: {diff[0]}")
     base.config._name_or_path = base.name_or_path = str(path)
+    if state := host.find_state(base):
+        state.own_base = str(path)
     return path
 
 

@@ -31,6 +31,7 @@ class State:
     plans: tuple[Any, dict[Any, Any]] = (None, {})  # what is worked out once for `rows`
     merged: dict[str, float] | None = None  # what is merged into the base now
     required_grad: frozenset[str] = frozenset()  # base parameters that trained before the first adapter came
+    own_base: str = ""  # where the base was saved that a start made anew
     prints: tuple[Any, Any] | None = None  # the base's fingerprint, and what it was taken of
 
 

@@ -75,7 +75,9 @@ class Packed(Store):
         m = self.module
         delta = delta.mT if m.site.lookup else delta
         slack = 1e-5 * float(delta.norm()) + 1e-6 * float(self.read(torch.float32).norm())
-        m._buffers.update({PREFIX + k: part for k, part in m.scheme.shifted(self.parts, delta, m.shape, slack).items()})
+        parts = m.scheme.shifted(self.parts, delta, m.shape, slack)
+        parts["codes"] = parts["codes"].view(-1)  # another object, by which what is kept of the weight is known to be old
+        m._buffers.update({PREFIX + k: part for k, part in parts.items()})
 
     def rounded(self, W):
         m = self.module
