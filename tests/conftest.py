@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,17 @@ def opt():
 def whole(request):
     """Each whole tiny model in turn."""
     return tiny.MODELS[request.param]()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a verb of the command line in this process: (exit code, what it printed, its errors)."""
+    from lorakit.cli.app import app, run
+
+    def go(*args):
+        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, args)])
+        code = run(app)
+        got = capsys.readouterr()
+        return code, got.out, got.err
+
+    return go

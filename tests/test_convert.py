@@ -16,7 +16,6 @@ from torch import nn
 
 import lorakit
 from lorakit import LorakitError
-from lorakit.cli.app import app, run
 from lorakit.formats import files, kohya
 from lorakit.formats.base import FORMATS
 from lorakit.formats.gguf import ARCHITECTURES
@@ -702,17 +701,6 @@ def test_the_page_lists_the_architectures_that_gguf_knows():
 
 
 # The verb
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def go(*args):
-        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, args)])
-        code = run(app)
-        got = capsys.readouterr()
-        return code, got.out, got.err
-
-    return go
 
 
 def test_the_verb_there_and_back(tmp_path, call):

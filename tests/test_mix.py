@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import sys
 
 import pytest
 import tiny
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import lorakit
 from lorakit import host
-from lorakit.cli.app import app, run
 from lorakit.errors import LorakitError
 from lorakit.formats.folder import Folder
 
@@ -48,17 +46,6 @@ def deltas(path, base=tiny.llama):
     paths = [p for p, s in host.slots(model, "default").items() if not s.tied]
     new, old = lorakit.merged(model), base()
     return {p: (new.get_submodule(p).weight - old.get_submodule(p).weight).detach() for p in paths}
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def go(*args):
-        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, args)])
-        code = run(app)
-        got = capsys.readouterr()
-        return code, got.out, got.err
-
-    return go
 
 
 # What it computes

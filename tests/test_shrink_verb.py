@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import tiny
 import torch
 
 import lorakit
-from lorakit.cli.app import app, run
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def go(*args):
-        monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, args)])
-        code = run(app)
-        got = capsys.readouterr()
-        return code, got.out, got.err
-
-    return go
 
 
 @torch.no_grad()
