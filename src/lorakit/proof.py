@@ -262,7 +262,8 @@ def _merged(out: Report, folder: Folder, model: nn.Module, name: str, merged: st
     limit = tolerance(a, model, other)
     gap, moved = float((a - b).abs().max()), float((a - base).abs().max())
     hint = "; they equal the BASE's" if float((b - base).abs().max()) < 0.05 * moved else ""
-    out.add("merged logits", None if kept and gap < moved else gap <= limit and not hint,
+    same = gap <= limit and not hint
+    out.add("merged logits", None if kept and not same and gap < moved else same,
             f"differ from base + adapter by {gap:.3g}{hint}, allowed {limit:.3g}; the adapter moves them by {moved:.3g}")
 
 

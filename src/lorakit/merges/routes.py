@@ -18,10 +18,7 @@ from torch import Tensor, nn
 
 from lorakit import host
 from lorakit.errors import LorakitError, near
-from lorakit.method import Method
-from lorakit.methods.lora import LoRA
-from lorakit.recipes import compose
-from lorakit.spec import attach
+from lorakit.merges.mix import put
 
 LEAST = 0.9
 
@@ -110,14 +107,8 @@ def residual(model: nn.Module, error: float = 0.05, name: str = "residual") -> d
     host.merge(model, write)
     host.unload(model)
     if rest:
-        plan: dict[str, Method] = {p: LoRA(A.shape[0], float(A.shape[0])) for p, (_, A) in rest.items()}
-        top = max(m.r for m in plan.values())
-        attach(model, name, compose(LoRA(top, float(top)), target_modules=list(plan)), plan, empty=True)
-        for path, (B, A) in rest.items():
-            p = host.slots(model, name)[path].params(name)
-            with torch.no_grad():
-                p["B"].copy_(B)
-                p["A"].copy_(A)
+        put(model, name, rest, tie=False, dropout=0.0)
+        host.state_of(model).active = {name: 1.0}
     return told
 
 

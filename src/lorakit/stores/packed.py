@@ -23,7 +23,7 @@ class Packed(Store):
 
     def __init__(self, module: PackedLayer):
         super().__init__(module)
-        self.eps = {8: 0.01, 6: 0.03, 4: 0.1, 3: 0.25, 2: 0.6}[module.scheme.bits]
+        self.eps = module.scheme.eps
 
     @staticmethod
     def claims(module):

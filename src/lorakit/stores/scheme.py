@@ -30,6 +30,12 @@ class Scheme(ABC):
     title: ClassVar[str] = ""
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    bits: int  # of a code
+
+    @property
+    def eps(self) -> float:
+        """About the relative error of a Gaussian matrix."""
+        return 2.0 * 2**-self.bits
 
     @abstractmethod
     def parts(self, M: Tensor) -> Parts:
