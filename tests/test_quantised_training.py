@@ -396,3 +396,81 @@ def test_an_adapter_on_another_base_says_what_is_quantised(folder, tmp_path):
         lorakit.load(load_base(folder), tmp_path / "a")
     with pytest.raises(LorakitError, match="values differ"):
         lorakit.load(load_base(folder, quantize={"name": "nf4", "double_quant": True, "block": 32}), tmp_path / "a", check_base=True)
+
+
+# The verbs
+
+
+def test_a_start_that_makes_the_base_anew_leaves_it_beside_the_adapter(tmp_path):
+    from lorakit.training import run as r
+    from lorakit.training.config import parse
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"x = {k}\n" * 6}) for k in range(16)), encoding="utf-8")
+    r.train(parse({"base": {"path": "embedded", "quantize": "nf3"}, "adapter": {"method": "loftq", "r": 2, "init": {"name": "loftq", "niter": 1, "steps": 2}},
+                   "data": {"train": str(rows), "max_length": 24}, "train": {"max_steps": 2, "batch_size": 4}, "eval": {"samples": 0},
+                   "output": str(tmp_path / "run")}))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["verify"]["ok"]
+    assert (tmp_path / "run" / "base" / "tokenizer_config.json").is_file()
+    told = lorakit.verify(tmp_path / "run" / "adapter")
+    assert told.ok and json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"].endswith("run/base")
+    assert not lorakit.verify(tmp_path / "run" / "adapter", load_base("embedded", quantize="nf3")).ok, "another packing of the same model is another base"
+
+
+def test_quantize_writes_a_base_that_other_verbs_take(folder, tmp_path, call):
+    code, out, err = call("quantize", folder, "-o", tmp_path / "q", "--scheme", "int4", "--set", "group=8")
+    assert code == 0, err
+    assert "int4: " in out and "bits a weight" in out and "of the logits" in out
+    assert {m.scheme for m in packed(load_base(tmp_path / "q")).values()} == {scheme_of({"name": "int4", "group": 8})}
+    code, out, err = call("quantize", folder, "-o", tmp_path / "b", "--bits", "3.4")
+    assert code == 0, err
+    size = [(8 * m.scheme.bytes(*m.shape), math.prod(m.shape)) for m in packed(load_base(tmp_path / "b")).values()]
+    assert sum(a for a, _ in size) / sum(b for _, b in size) <= 3.4
+    for words, why in ((["--scheme", "nf5"], "did you mean `nf4`"), (["--set", "group"], "KEY=VALUE"),
+                       (["--bits", "3", "--set", "block=32"], "leave --set out"), (["--bits", "0.5"], "the smallest takes")):
+        code, _, err = call("quantize", folder, "-o", tmp_path / "no", *words)
+        assert code == 1 and why in err and not (tmp_path / "no").exists(), err
+
+
+def test_merge_says_what_a_packed_base_keeps(folder, tmp_path, call):
+    for name, method in (("qa", "qa-lora"), ("plain", "lora")):
+        q = lorakit.adapt(load_base(folder, quantize={"name": "int4", "group": 8}), method, r=2, **({"group": 8} if name == "qa" else {}))
+        torch.manual_seed(3)
+        for p in q.parameters():
+            if p.requires_grad:
+                nn.init.normal_(p, std=0.01)
+        lorakit.save(q, tmp_path / name)
+    code, out, err = call("merge", tmp_path / "qa", "-o", tmp_path / "exact", "--route", "exact")
+    assert code == 0, err
+    assert "PASS  merged into a quantised base" in out and "PASS  merged logits" in out and packed(load_base(tmp_path / "exact"))
+    code, out, err = call("merge", tmp_path / "plain", "-o", tmp_path / "thawed")
+    assert code == 0 and "PASS  merged weights" in out and not packed(load_base(tmp_path / "thawed")), err
+    for route, why in (("requantize", "of the update, less than 90%"), ("exact", "not constant over the base's groups"),
+                       ("residual", "leaves an adapter beside")):
+        code, _, err = call("merge", tmp_path / "plain", "-o", tmp_path / "no", "--route", route)
+        assert code == 1 and why in err and not (tmp_path / "no").exists(), err
+    code, out, err = call("merge", tmp_path / "plain", "-o", tmp_path / "forced", "--route", "requantize", "--force")
+    assert code == 0 and "FAIL  merged into a quantised base" in out and packed(load_base(tmp_path / "forced")), err
+
+
+def test_merge_streamed_from_the_command_line(folder, tmp_path, call):
+    lorakit.save(lorakit.adapt(load_base(folder), "lora-nonzero", r=2), tmp_path / "a")
+    code, out, err = call("merge", tmp_path / "a", "-o", tmp_path / "m", "--streamed")
+    assert code == 0 and "weights changed" in out, err
+    assert lorakit.verify(tmp_path / "a", folder, merged=tmp_path / "m").points[-1].ok
+
+
+def test_a_comparison_varies_how_the_base_is_kept_and_refuses_what_cannot_train(tmp_path):
+    from lorakit.experiments import plain
+    from lorakit.experiments.config import parse
+    from lorakit.training.config import parse as parse_run
+    from lorakit.training.prepare import prepare
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"x = {k}\n" * 6}) for k in range(16)), encoding="utf-8")
+    c = parse({"base": "embedded", "data": {"train": str(rows)}, "seeds": 1, "output": str(tmp_path / "c"),
+               "cells": [{"name": "a", "adapter": "lora"}, {"name": "b", "adapter": "lora", "quantize": "nf4"},
+                         {"name": "c", "adapter": "none", "quantize": "nf2"}]})
+    assert {t.cell: t.run.base.quantize for t in c.trials} == {"a": None, "b": "nf4", "c": "nf2"}
+    with pytest.raises(LorakitError, match=r"keeps them quantised; mend: leave base\.quantize out"):
+        plain.build("full", None, prepare(parse_run({"base": {"quantize": "nf4"}, "data": {"train": str(rows)}})))
