@@ -110,6 +110,14 @@ def test_trained_together_is_trained_alone(quantised):
                 assert torch.allclose(t, b.params(name)[k], atol=2e-4), (name, a.path, k)
 
 
+def test_checkpoints_are_computed_again_with_the_rows_they_had():
+    model, again = many(3), many(3)
+    again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    data = {f"a{k}": batches(k) for k in range(3)}
+    plain, less = (together(m, data, steps=4, learning_rate=1e-2) for m in (model, again))
+    assert all(less[n] == pytest.approx(plain[n], rel=1e-5) for n in data)
+
+
 def test_one_alone_is_a_plain_loop():
     model = many(1)
     plain, data = copy.deepcopy(model), batches(3)

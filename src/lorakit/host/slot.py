@@ -28,7 +28,7 @@ class State:
     chained: bool = False  # each adapter around the one before it, instead of a sum over one base
     given: dict[str, Tensor] = field(default_factory=dict)  # what methods ask of the batch beside the input, for its rows
     rows: tuple[tuple[str, ...], Tensor] | None = None  # mixed batch: names, and for each row an index into them or -1
-    plans: tuple[Any, dict[Any, Any]] = (None, {})  # what is worked out once for `rows`
+    plans: tuple[Any, dict[Any, Any]] = field(default_factory=lambda: (None, {}))  # what is worked out once for `rows`
     merged: dict[str, float] | None = None  # what is merged into the base now
     required_grad: frozenset[str] = frozenset()  # base parameters that trained before the first adapter came
     own_base: str = ""  # where the base was saved that a start made anew
@@ -224,6 +224,7 @@ class Slot:
             return Grouped(self.affine({}), self._layout, self._factors, drop, len(index))
         return PerRow(self.affine({}), [self.affine({n: 1.0}) for n in names], index, self.path)
 
+    @torch.no_grad()  # asked once, so that nothing of it may be in a graph that is computed again
     def _thin(self, names: tuple[str, ...]) -> bool:
         """Whether each of these adapters does no more here than add one thin product to what the layer gives, and all drop as much."""
         site, here = self.site, [n for n in names if n in self.methods]

@@ -47,9 +47,10 @@ def together(model: nn.Module, batches: Mapping[str, Batches], *, steps: int, le
     try:
         for step in range(steps):
             joined, names = _joined({n: next(f) for n, f in feeds.items()}, pad)
-            each = _losses(model, joined, names, list(batches))
             optimizer.zero_grad()
-            each.sum().backward()
+            with api.rows(model, names):  # also while checkpoints are computed again
+                each = _losses(model, joined, names, list(batches))
+                each.sum().backward()
             for group, (name, loss) in zip(optimizer.param_groups, zip(batches, each.detach().tolist(), strict=True), strict=True):
                 losses[name].append(loss)
                 group["lr"] = rates[name] * (1 - step / steps if schedule == "linear" else 1)
@@ -96,8 +97,7 @@ def _joined(batches: Mapping[str, Mapping[str, Tensor]], pad: int) -> tuple[dict
 def _losses(model: nn.Module, batch: Mapping[str, Tensor], names: list[str], order: list[str]) -> Tensor:
     """(adapters,): each one's mean over its own tokens."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with api.rows(model, names):
-        logits = model(**inputs).logits
+    logits = model(**inputs).logits
     labels = batch["labels"][:, 1:]
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100).view(labels.shape).sum(1)
     index = torch.tensor([order.index(n) for n in names], device=loss.device)
