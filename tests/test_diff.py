@@ -8,7 +8,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from test_mix import call, deltas, saved  # noqa: F401 (call is a fixture)
+from test_mix import deltas, saved
 from test_mix_rules import Shapes
 
 import lorakit
@@ -45,7 +45,7 @@ def test_a_copy_is_the_same_and_another_base_is_told(tmp_path):
     assert not found.same and "values differ" in found.bases[0]
 
 
-def test_other_methods_and_the_verb(tmp_path, call):  # noqa: F811
+def test_other_methods_and_the_verb(tmp_path, call):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", "dora", seed=2)
     with pytest.raises(LorakitError, match="the base is needed to mix or compare it"):
         lorakit.diff(a, b)

@@ -36,9 +36,11 @@ class Entry:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
         with self.file.open("rb") as f:
             f.seek(self.start)
-            return torch.frombuffer(bytearray(f.read(self.stop - self.start)), dtype=self.dtype).view(self.shape)
+            f.readinto(memoryview(out.view(-1).view(torch.uint8).numpy()))
+        return out
 
     def write(self, value: Tensor) -> None:
         with self.file.open("r+b") as f:
