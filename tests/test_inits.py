@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 
 import peft
@@ -88,6 +89,11 @@ def test_step_0_is_the_base_and_files_hold_on_the_untouched_base(recipe, init, s
     y = tiny.logits(model)
     assert gap(y, base) > 1e-3
     lorakit.save(model, tmp_path / "a")
+    told = json.loads((tmp_path / "a" / "receipt.json").read_text())["start"]
+    if INITS[init["name"]].nonzero:
+        assert told.startswith(f"{init['name']}; written as {'factors' if recipe == 'dora' else 'a plain LoRA'}"), told
+    else:
+        assert told is None
     again = tiny.llama()
     assert gap(tiny.logits(lorakit.load(again, tmp_path / "a")), y) < 2e-5
     assert lorakit.verify(tmp_path / "a", tiny.llama()).ok
@@ -385,3 +391,10 @@ def test_compat_saves_what_the_untouched_base_can_carry(init, tmp_path):
     model.save_pretrained(tmp_path / "a")
     assert gap(tiny.logits(ours.PeftModel.from_pretrained(tiny.llama(), tmp_path / "a")), y) < 1e-5
     assert gap(tiny.logits(peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "a")), y) < 1e-5, "PEFT itself reads it"
+
+
+def test_inspect_says_what_became_of_the_start(tmp_path, call):
+    for name in ("pissa", "lora"):
+        lorakit.save(lorakit.adapt(tiny.llama(), name, r=2, target_modules=["q_proj"]), tmp_path / name)
+    assert "start: pissa; written as a plain LoRA of the whole update, of rank 2r" in " ".join(call("inspect", tmp_path / "pissa")[1].split())
+    assert "start:" not in call("inspect", tmp_path / "lora")[1]

@@ -37,7 +37,7 @@ def inspect(
     head = {"adapter": str(adapter), "base": folder.config.get("base_model_name_or_path"), "peft_type": folder.config.get("peft_type"),
             "parameters": sum(t.numel() for t in folder.tensors.values()), "modules": len(rows),
             "saved": (folder.receipt or {}).get("created"), "lineage": (folder.receipt or {}).get("lineage", []),
-            "base_digest": (folder.receipt or {}).get("base", {}).get("digest")}
+            "start": (folder.receipt or {}).get("start"), "base_digest": (folder.receipt or {}).get("base", {}).get("digest")}
     if as_json:
         out.print(json.dumps(head | {"table": rows}, indent=2), markup=False)
         return

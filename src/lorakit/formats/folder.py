@@ -20,7 +20,7 @@ from lorakit.formats.files import read_json, reading, sha256, writing
 from lorakit.formats.receipt import compare_bases, digest, fingerprint, modules_table, probe, probe_record, versions
 from lorakit.kernels.svd import lower_rank, thin_svd
 from lorakit.maps import Base, each
-from lorakit.method import Around, Method
+from lorakit.method import Around, Method, Wrapper
 from lorakit.methods.lora import LoRA
 from lorakit.methods.offset import Offset
 from lorakit.quantized import described
@@ -209,6 +209,20 @@ def _no_empty(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise LorakitError(f"{path}: the tensor {k} has no values (meta device); nothing was written")
 
 
+def _start(spec: Any, export: Export, own_base: str) -> str | None:
+    """Of a start that is not zero: where it is kept, so that the base on disk stays as it was."""
+    if own_base:
+        return f"{spec.init}; the base was made anew with it and is kept in {own_base}"
+    nests = [m for top in export.methods.values() for m in _nest(top)]
+    how = ["as a plain LoRA of the whole update, of rank 2r"] * bool(export.converted)
+    how += ["as factors and what they started from"] * any(isinstance(m, Offset) for m in nests)
+    return f"{spec.init}; written {' or '.join(how)}: the base stays as it was" if spec.init and how else None
+
+
+def _nest(method: Method) -> list[Method]:
+    return [method, *(_nest(method.inner) if isinstance(method, Wrapper) else [])]
+
+
 def _receipt(model, name, spec, export, config, base, lineage) -> dict[str, Any]:
     state = host.state_of(model)
     prints = fingerprint(model)
@@ -221,7 +235,7 @@ def _receipt(model, name, spec, export, config, base, lineage) -> dict[str, Any]
     finally:
         state.active, state.rows, state.chained = keep, rows_, chained
     out = {"format": peft.FORMAT, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "adapter": name,
-           "spec": spec.to_dict(), "peft_type": config["peft_type"], "converted_to_lora": export.converted,
+           "spec": spec.to_dict(), "start": _start(spec, export, state.own_base), "peft_type": config["peft_type"], "converted_to_lora": export.converted,
            "base": base | {"digest": digest(prints), "packed": described(model), "tensors": prints}, "modules": modules_table(model, name),
            "keys": {k: list(t.shape) for k, t in export.tensors.items()}, "versions": versions(), "lineage": list(lineage)}
     for p, (left, whole) in export.errors.items():  # the update that the file holds
