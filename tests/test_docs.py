@@ -103,3 +103,13 @@ def test_every_known_name_finds_its_entry():
         assert {"name", "kind", "title", "formula", "paper", "aliases"} <= set(e)
     for n in ("LoRA", "rsLoRA", "DoRA", "LoRA-FA", "lora_plus", "LoRA+", "2402.09353", "Asymmetric LoRA"):
         assert catalog.show(n)
+
+
+def test_the_conformance_page_has_every_method_on_every_target():
+    from lorakit.testing.conformance import LAYERS, label
+    from lorakit.testing.matrix import rows
+
+    lines = [line.split(" | ") for line in (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert [x.strip(" |") for x in lines[0][1:]] == list(LAYERS), "mend: python -m lorakit.testing.matrix"
+    missing = {label(m) for m in rows()} - {line[0].strip(" |") for line in lines}
+    assert not missing, f"docs/conformance.md has no row for {', '.join(sorted(missing))}; mend: python -m lorakit.testing.matrix"
