@@ -378,7 +378,8 @@ WRONG = {
     "no such base": (["--set", "base=./nobase"], "nobase"),
     "metric without answers": (["--set", "eval.metrics=[exact_match]"], "needs rows with an answer"),
     "unknown hook": (["--set", "hooks=[lora_plsu]"], "did you mean `lora_plus`"),
-    "unknown scheduler": (["--set", "train.lr_scheduler_type=cosin"], "cosin"),
+    "unknown scheduler": (["--set", "train.lr_scheduler_type=cosin"], "did you mean `cosine`"),
+    "unknown optimiser": (["--set", "train.optim=adamw_torc"], "did you mean `adamw_torch`"),
 }
 
 
@@ -415,6 +416,21 @@ def test_verify_generate_merge_from_the_shell(base, tmp_path):
     text = cli("generate", "the old", "-a", "out/adapter", "--max-new-tokens", "3", cwd=tmp_path)
     assert text.returncode == 0 and text.stdout.startswith("the old")
     assert cli("inspect", "out/nothing", cwd=tmp_path).returncode == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_optimiser_that_pages_says_that_there_is_nothing_to_page(base, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    run = c.parse({"base": str(base), "data": {"train": str(tmp_path / "text.txt"), "max_length": 32}, "train": {"max_steps": 1, "optim": "paged_adamw_8bit"},
+                   "eval": {"samples": 0}, "output": str(tmp_path / "out")})
+    with monkeypatch.context() as m:
+        m.setattr(r, "find_spec", lambda name: None)
+        with pytest.raises(LorakitError, match="mend: pip install bitsandbytes"):
+            r.train(run)
+    pytest.importorskip("bitsandbytes")
+    said = []
+    assert r.train(run, say=said.append)["verify"]["ok"]
+    assert "there is no GPU, so there is nothing to page" in " ".join(said)
 
 
 def test_registry_of_hooks():

@@ -14,16 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, SchedulerType, TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from lorakit import api, host
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, near
 from lorakit.formats import lineage
 from lorakit.formats.files import writing
 from lorakit.formats.folder import Folder
@@ -75,7 +77,7 @@ def _looked_at(p: Prepared, spec: Spec) -> list[dict[str, torch.Tensor]] | None:
 
 
 def arguments(run: Run, rows: int, held_out: bool = False) -> TrainingArguments:
-    """transformers' arguments for a run over so many rows; unknown scheduler or optimiser names are refused there by name."""
+    """transformers' arguments for a run over so many rows."""
     t = run.train
     steps = t.max_steps if t.max_steps > 0 else max(1, int(t.epochs * -(-rows // (t.batch_size * t.gradient_accumulation_steps))))
     cuda = torch.cuda.is_available()
@@ -92,6 +94,19 @@ def arguments(run: Run, rows: int, held_out: bool = False) -> TrainingArguments:
             remove_unused_columns=False, use_cpu=not cuda, dataloader_pin_memory=cuda, disable_tqdm=not sys.stderr.isatty())
     except (ValueError, TypeError) as e:
         raise LorakitError(f"train: {str(e).splitlines()[0]}") from e
+
+
+def _optimizer(run: Run, say: Say) -> None:
+    """Refuses what transformers does not know, or cannot make here, before anything is loaded."""
+    for key, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        name, names = getattr(run.train, key), [k.value for k in known]
+        if name not in names:
+            raise LorakitError(f"train.{key}: transformers knows no `{name}`{near(name, names)}")
+    name = run.train.optim
+    if (name.startswith("paged_") or name.endswith("_8bit")) and not name.startswith("adamw_torch") and not find_spec("bitsandbytes"):
+        raise LorakitError(f"train.optim: {name} is bitsandbytes' own, which is not installed; mend: pip install bitsandbytes, or optim: adamw_torch")
+    if name.startswith("paged_") and not torch.cuda.is_available():
+        say(f"train.optim: {name}: there is no GPU, so there is nothing to page; it runs unpaged")
 
 
 class Measured:
@@ -136,6 +151,7 @@ def train(run: Run, *, resume: bool = False, say: Say = print, callbacks: Sequen
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     hooks = [build(h) for h in run.hooks]
+    _optimizer(run, say)
     p = prepare(run)
     say(describe(p))
     model = build_model(p, say)
