@@ -10,17 +10,21 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakit
 from lorakit import host
 from lorakit.errors import LorakitError
+from lorakit.models import load_base
 from lorakit.planning.memory import counting_saved
+from lorakit.quantized import packed
 from lorakit.quantized.bitsandbytes import parts_of, readable, translated
 from lorakit.quantized.hub import Quantize
 from lorakit.sites import site_for
 from lorakit.stores import STORES, store_for
+from lorakit.stores.layer import PREFIX
+from lorakit.stores.normal_float import DYNAMIC, NF4, NormalFloat
 from lorakit.testing.conformance import rel
 
 N, M = 192, 128
@@ -337,10 +341,18 @@ def test_blocks_that_straddle_rows_are_read_right(shape, kind):
 # Whole models, as transformers loads them
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit", "torchao"])
+def by_hqq(m: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig
+    from hqq.models.hf.base import AutoHQQHFModel
+
+    AutoHQQHFModel.quantize_model(m, BaseQuantizeConfig(nbits=4, group_size=8), compute_dtype=dtype, device="cpu")
+    return m
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "torchao", "hqq"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_models_as_transformers_loads_them(kind, dtype, tmp_path):
-    needs("torchao" if kind == "torchao" else "bitsandbytes")
+    needs(kind if kind in ("torchao", "hqq") else "bitsandbytes")
     import transformers
 
     tiny.llama().save_pretrained(tmp_path / "base")
@@ -348,12 +360,17 @@ def test_models_as_transformers_loads_them(kind, dtype, tmp_path):
         from torchao.quantization import Int8WeightOnlyConfig
 
         how = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif kind == "hqq":
+        how = transformers.HqqConfig(nbits=4, group_size=8)
     else:
         how = transformers.BitsAndBytesConfig(load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit", bnb_4bit_quant_type="nf4",
                                               bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    m = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, dtype=dtype, device_map="cpu")
+    try:
+        m = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, dtype=dtype, device_map="cpu")
+    except NotImplementedError:  # transformers 5 has not moved HQQ to its new loader yet; hqq itself quantises the model
+        m = by_hqq(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype), dtype)
     m = noisy(lorakit.adapt(m, "lora", r=4, target_modules="all-linear"))
-    assert all(type(s.site.store).__module__.endswith(("bitsandbytes", "torchao")) for s in host.slots(m).values()) and len(host.slots(m)) == 14
+    assert all(type(s.site.store).__module__.endswith(("bitsandbytes", "torchao", "hqq")) for s in host.slots(m).values()) and len(host.slots(m)) == 14
     ids = tiny.ids()
     live = tiny.logits(m)
     m.train()(input_ids=ids, labels=ids).loss.backward()
@@ -367,22 +384,30 @@ def test_models_as_transformers_loads_them(kind, dtype, tmp_path):
     assert torch.equal(tiny.logits(m), live)
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["double", "plain"])
-def test_nf4_checkpoints_are_read_without_bitsandbytes_to_the_bit(double, tmp_path):
+def bitsandbytes_folder(at, double: bool) -> torch.nn.Module:
+    """A model that transformers has packed with bitsandbytes, and saved in at / nf4."""
     needs("bitsandbytes")
     import transformers as tf
-    from bitsandbytes.functional import dequantize_4bit
 
     torch.manual_seed(0)
     config = tf.LlamaConfig(vocab_size=tiny.VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tf.LlamaForCausalLM(config).save_pretrained(at / "base")
     how = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
-    m = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, dtype=torch.float32, device_map="cpu").train()
-    m.save_pretrained(tmp_path / "nf4")
-    tensors, packed = translated(load_file(tmp_path / "nf4" / "model.safetensors"))
+    m = tf.AutoModelForCausalLM.from_pretrained(at / "base", quantization_config=how, dtype=torch.float32, device_map="cpu").train()
+    m.save_pretrained(at / "nf4")
+    return m
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "plain"])
+def test_nf4_checkpoints_are_read_without_bitsandbytes_to_the_bit(double, tmp_path):
+    m = bitsandbytes_folder(tmp_path, double)
+    import transformers as tf
+    from bitsandbytes.functional import dequantize_4bit
+
+    tensors, groups = translated(load_file(tmp_path / "nf4" / "model.safetensors"))
     config = tf.AutoConfig.from_pretrained(tmp_path / "nf4")
     assert readable(config.quantization_config) and not readable({**config.quantization_config, "bnb_4bit_quant_type": "fp4"})
-    config.quantization_config = Quantize(packed=packed).to_dict()
+    config.quantization_config = Quantize(packed=groups).to_dict()
     got = tf.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
     modules = dict(got.named_modules())
     theirs = {n: layer for n, layer in m.named_modules() if type(layer).__name__ == "Linear4bit"}
@@ -390,6 +415,73 @@ def test_nf4_checkpoints_are_read_without_bitsandbytes_to_the_bit(double, tmp_pa
     for n, layer in theirs.items():
         assert torch.equal(modules[n].weight, dequantize_4bit(layer.weight.data, layer.weight.quant_state)), n
     assert rel(tiny.logits(got), tiny.logits(m)) < 1e-5
+
+
+NAMES = {"codes": "", "absmax": ".absmax", "nested_absmax": ".nested_absmax"}
+
+
+def written_as_bitsandbytes(model: torch.nn.Module, at) -> None:
+    """A packed NF4 model as a folder with bitsandbytes' names, its tensors written by hand."""
+    schemes = {p: layer.scheme for p, layer in packed(model).items()}
+    model.save_pretrained(at)
+    kept = load_file(at / "model.safetensors")
+    out = {k: t for k, t in kept.items() if PREFIX not in k.rpartition(".")[2]}
+    for path, scheme in schemes.items():
+        w = f"{path}.weight"
+        told = {"quant_type": "nf4", "blocksize": scheme.block, "dtype": "float32", "shape": list(model.get_submodule(path).shape)}
+        for part, name in NAMES.items():
+            if (t := kept.get(f"{path}.{PREFIX}{part}")) is not None:
+                out[w + name] = t.view(-1, 1) if part == "codes" else t
+        out[f"{w}.quant_map"] = torch.tensor(NF4)
+        if scheme.double_quant:
+            out[f"{w}.nested_quant_map"] = torch.tensor(DYNAMIC)
+            told |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(kept[f"{path}.{PREFIX}offset"])}
+        out[f"{w}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+    save_file(out, at / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((at / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (at / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "plain"])
+def test_load_base_reads_a_folder_in_bitsandbytes_names_as_packed_layers(double, tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "base")
+    want = load_base(tmp_path / "base", quantize={"name": "nf4", "double_quant": double})
+    want.generation_config.max_length = 17
+    logits = tiny.logits(want)
+    written_as_bitsandbytes(want, tmp_path / "nf4")
+    got = load_base(tmp_path / "nf4")
+    assert len(packed(got)) == 14 and {m.scheme for m in packed(got).values()} == {NormalFloat(4, 64, double)} and not got.training
+    assert torch.equal(tiny.logits(got), logits) and got.generation_config.max_length == 17
+    half = load_base(tmp_path / "nf4", dtype="bfloat16")
+    assert half.dtype == torch.bfloat16 and rel(tiny.logits(half).float(), logits) < 5e-2
+    noisy(lorakit.adapt(got, "lora", r=2, merge_aware=True))
+    lorakit.save(got, tmp_path / "adapter")
+    assert lorakit.verify(tmp_path / "adapter").ok, "the adapter names the folder"
+    lorakit.save_merged(got, tmp_path / "merged", route="requantize")
+    assert lorakit.verify(tmp_path / "adapter", merged=tmp_path / "merged").ok
+    with pytest.raises(LorakitError, match="quantised already .bitsandbytes.*leave `quantize` out"):
+        load_base(tmp_path / "nf4", quantize="nf4")
+
+
+def test_load_base_reads_what_bitsandbytes_wrote_without_it(tmp_path):
+    want = tiny.logits(bitsandbytes_folder(tmp_path, True))
+    code = "import sys; sys.modules['bitsandbytes'] = None; import torch; from lorakit.models import load_base; from lorakit.quantized import packed; " \
+           "m = load_base(sys.argv[1]); ids = torch.load(sys.argv[2]); print(len(packed(m))); torch.save(m(input_ids=ids).logits.detach(), sys.argv[3])"
+    torch.save(tiny.ids(), tmp_path / "ids")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "nf4", tmp_path / "ids", tmp_path / "logits"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "7" and rel(torch.load(tmp_path / "logits"), want) < 1e-5
+
+
+def test_a_pickled_checkpoint_of_bitsandbytes_is_refused(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "nf4")
+    (tmp_path / "nf4" / "model.safetensors").rename(tmp_path / "nf4" / "pytorch_model.bin")
+    config = json.loads((tmp_path / "nf4" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "nf4" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LorakitError, match="holds no safetensors"):
+        load_base(tmp_path / "nf4")
 
 
 def test_a_checkpoint_of_another_kind_is_refused():

@@ -24,7 +24,7 @@ CORE = {"errors", "maps", "kernels", "method", "methods", "stores", "sites", "in
 MAY = {  # unit -> units of lorakit it may import, besides itself and errors
     "errors": set(), "maps": {"kernels"}, "kernels": set(), "models": {"quantized"},
     "stores": {"kernels"}, "sites": {"stores"},
-    "method": {"kernels", "maps"}, "methods": {"kernels", "maps", "method", "prompts"}, "prompts": {"method"},
+    "method": {"kernels", "maps"}, "methods": {"kernels", "maps", "method", "prompts"}, "prompts": {"maps", "method"},
     "inits": {"kernels", "method"}, "quantized": {"host", "sites", "stores", "targets"},
     "host": {"kernels", "maps", "method", "sites", "stores"},
     "targets": {"host", "sites"},

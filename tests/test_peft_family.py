@@ -40,6 +40,10 @@ CASES = {
     "lokr": ("LoKrConfig", "llama", {"target_modules": LLAMA, "r": 1, "alpha": 3}),
     "lokr both": ("LoKrConfig", "llama", {"target_modules": LLAMA, "r": 1, "decompose_both": True, "rank_pattern": {"q_proj": 2}}),
     "lokr factor": ("LoKrConfig", "llama", {"target_modules": LLAMA, "r": 4, "decompose_factor": 2, "init_weights": "lycoris"}),
+    "loha tucker": ("LoHaConfig", "convs", {"target_modules": ["linear", "c1", "c2", "long", "point"], "r": 2, "use_effective_conv2d": True}),
+    "lokr convs": ("LoKrConfig", "convs", {"target_modules": ["linear", "c1", "c2", "long", "point"], "r": 1, "alpha": 3, "decompose_both": True}),
+    "lokr convs full": ("LoKrConfig", "convs", {"target_modules": ["linear", "c1", "c2", "long", "point"], "r": 4, "alpha": 3}),
+    "lokr tucker": ("LoKrConfig", "convs", {"target_modules": ["linear", "c2", "point"], "r": 1, "alpha": 3, "use_effective_conv2d": True}),
     "ia3": ("IA3Config", "llama", {"target_modules": LLAMA, "feedforward_modules": ["down_proj"]}),
     "ia3 bias": ("IA3Config", "opt", {"target_modules": ["k_proj", "fc2"], "feedforward_modules": ["fc2"]}),
     "ia3 none": ("IA3Config", "llama", {"target_modules": LLAMA, "feedforward_modules": []}),
@@ -142,7 +146,7 @@ def test_fault_oft_on_patches_that_overlap_is_not_what_peft_merges(tmp_path):
 
 
 OWN = {
-    "lokr on a kernel": ("lokr", "convs", {"targets": ["c2"], "r": 2}),
+    "lokr of two full factors on a Conv1d": ("lokr", "convs", {"targets": ["c1"], "r": 2}),
     "hra on a kernel that is not square": ("hra", "convs", {"targets": ["long"], "r": 2}),
     "boft with two factors": ("boft", "llama", {"targets": ["q_proj"], "block_size": 4, "factors": 2}),
     "vera with a magnitude": ("dvora", "llama", {"targets": ["q_proj"], "r": 4}),

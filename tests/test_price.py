@@ -8,13 +8,13 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import price
 from lorakit.kernels.cayley import cayley, cayley_slow, skew
-from lorakit.kernels.dropout import LANES, Dropout, _Dropped, dropped_slow, mask
+from lorakit.kernels.dropout import Dropout, _Dropped, dropped_slow, without, zeros
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 128, "rows": 2, "tokens": 64}
 PLAIN, DROPPED = "lora", "lora, dropout 0.05"
 
 
-@pytest.mark.parametrize("name", [PLAIN, DROPPED, "adalora", "dora", "boft", "hra"])
+@pytest.mark.parametrize("name", [PLAIN, DROPPED, "adalora", "dora", "oft", "boft", "hra", "loha", "lokr", "fourierft", "miss"])
 def test_saves_no_more_than_peft(name):
     pytest.importorskip("peft")
     ours, theirs = price.both(name, SHAPE)
@@ -43,11 +43,18 @@ def test_dropout_equals_its_reference():
     assert torch.autograd.gradgradcheck(lambda x, A: _Dropped.apply(x, A, 0.3, 7), (x, A))
 
 
-def test_the_mask_drops_its_share_and_follows_its_seed():
-    kept = mask(torch.Size([400, 401]), 0.3, 5, torch.device("cpu"))
-    n, p = kept.numel(), round(0.3 * LANES) / LANES
-    assert abs(float((~kept).double().mean()) - p) < 5 * (p * (1 - p) / n) ** 0.5
-    assert torch.equal(kept, mask(kept.shape, 0.3, 5, kept.device)) and not torch.equal(kept, mask(kept.shape, 0.3, 6, kept.device))
+@pytest.mark.parametrize("p", [1e-5, 0.05, 0.3, 0.9, 1.0])
+def test_the_mask_drops_its_share_everywhere_and_follows_its_seed(p):
+    n = 160_400
+    at = zeros(n, p, 5, torch.device("cpu"))
+    kept = without(torch.ones(400, 401), at)
+    assert torch.equal(kept.flatten()[at[at < n]], torch.zeros(int((at < n).sum()))) and int((kept == 0).sum()) == len(at[at < n].unique())
+    for part in (kept, kept[:100], kept[300:], kept[:, ::2]):  # no end of it is left out, and no lane
+        share, m = float((part == 0).double().mean()), part.numel()
+        assert abs(share - p) <= 5 * (p * (1 - p) / m) ** 0.5 + 1e-12
+    near = (kept.flatten()[1:] == 0) & (kept.flatten()[:-1] == 0)  # neighbours know nothing of each other
+    assert abs(float(near.double().mean()) - p * p) <= 6 * (p * p * (1 - p * p) / n) ** 0.5 + 1e-5
+    assert torch.equal(at, zeros(n, p, 5, at.device)) and (p in (1e-5, 1.0) or not torch.equal(at, zeros(n, p, 6, at.device)))
 
 
 def test_a_checkpoint_that_is_computed_again_has_the_same_mask():

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import lorakit
 from lorakit import maps
 from lorakit.errors import LorakitError
+from lorakit.kernels.dropout import Dropout
+from lorakit.kernels.kronecker import kronecker, kronecker_slow, place
+from lorakit.kernels.products import columns, hadamard, made, rows, through
 from lorakit.kernels.random_basis import combine
 from lorakit.kernels.tensor_train import contract, modes
 from lorakit.method import METHODS, Origin
@@ -22,6 +30,7 @@ from lorakit.methods.loretta import LoRETTA
 from lorakit.methods.miss import MiSS
 from lorakit.methods.nola import NOLA
 from lorakit.recipes import RECIPES, find
+from lorakit.sites import site_for
 from lorakit.sites.layers import ConvSite, EmbeddingSite, Site
 
 O, I = 8, 12
@@ -67,6 +76,109 @@ def in_peft(config, layer: nn.Module, method, p, drop=()):
     return model
 
 
+# Products that are made again in the backward pass
+
+MADE = {  # the product, its definition from factors, their shapes
+    "hadamard": (hadamard, lambda a, c, b, d: (a @ b) * (c @ d), [(5, 2), (5, 2), (2, 6), (2, 6)]),
+    "rows": (rows, lambda a, c: torch.stack([torch.kron(*r) for r in zip(a, c, strict=True)]), [(5, 2), (5, 3)]),
+    "columns": (columns, lambda b, d: torch.stack([torch.kron(*r) for r in zip(b.T, d.T, strict=True)], 1), [(2, 6), (3, 6)]),
+}
+KRONS = [[(2, 3), (4, 5)], [(5, 2), (3, 4)], [(2, 3), (4, 2), (2, 5)], [(4, 3), (9, 1), (1, 2)], [(1, 9), (5, 3), (3, 4)], [(9, 1), (4, 3), (3, 5)]]
+ACTS = {k: (partial(through, product), lambda x, *f, slow=slow: x @ slow(*f).mT, s) for k, (product, slow, s) in MADE.items()}
+ACTS |= {f"kronecker {'-'.join(f'{a}x{b}' for a, b in s)}": (kronecker, kronecker_slow, s) for s in KRONS}
+
+
+def drawn(*shapes, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=g, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def width(kind):
+    """How wide an input the act takes."""
+    _, _, (first, *_, last) = ACTS[kind]
+    return first[1] * last[1] if kind.startswith("kronecker") else {"rows": first[1] * last[1], "columns": last[1], "hadamard": last[1]}[kind]
+
+
+def gradients(f, *tensors):
+    y = f(*tensors)
+    return torch.autograd.grad((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum(), tensors)
+
+
+def test_w1_acts_where_it_is_cheapest():
+    assert {place(torch.empty(W1), [torch.empty(A) for A in W2]) for W1, *W2 in KRONS if len(W2) == 2} == {0, 1, 2}
+    assert {place(torch.empty(W1), [torch.empty(A) for A in W2]) for W1, *W2 in KRONS if len(W2) == 1} == {0, 1}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_product_is_its_definition_and_keeps_its_factors(kind):
+    product, slow, shapes = MADE[kind]
+    factors, kept = drawn(*shapes), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        M = made(product, *factors)
+    close(M, slow(*factors), 1e-12)
+    assert {t.data_ptr() for t in kept} == {f.data_ptr() for f in factors}
+    for a, b in zip(gradients(partial(made, product), *factors), gradients(slow, *factors), strict=True):
+        close(a, b, 1e-12)
+    assert torch.autograd.gradcheck(partial(made, product), factors) and torch.autograd.gradgradcheck(partial(made, product), factors)
+    both = [torch.stack([f, 2 * f]) for f in factors]
+    close(torch.vmap(partial(made, product))(*both)[1], slow(*(2 * f for f in factors)), 1e-12)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ACTS)
+def test_acting_with_a_product_is_its_definition_and_keeps_input_and_factors(kind, p):
+    fast, slow, shapes = ACTS[kind]
+    x, *factors = drawn((3, 2, width(kind)), *shapes)
+    drop, kept = Dropout(p) if p else maps.same, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        torch.manual_seed(5)
+        y = fast(x, *factors, drop=drop)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, *factors)}
+    torch.manual_seed(5)
+    mask = drop.drawn(torch.ones_like(x)) if p else drop
+    assert (mask(torch.ones_like(x)) == 0).any() == bool(p)
+
+    def again(x, *factors):
+        torch.manual_seed(5)
+        return fast(x, *factors, drop=drop)
+
+    def want(x, *factors):
+        return slow(mask(x), *factors)
+
+    close(y, want(x, *factors), 1e-12)
+    for a, b in zip(gradients(again, x, *factors), gradients(want, x, *factors), strict=True):
+        close(a, b, 1e-12)
+    assert torch.autograd.gradcheck(again, (x, *factors), fast_mode=True) and torch.autograd.gradgradcheck(again, (x, *factors), fast_mode=True)
+    plain, recomputed = (gradients(f, x, *factors) for f in (again, lambda *t: checkpoint(again, *t, use_reentrant=False)))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("kind", ACTS)
+def test_acting_with_a_product_under_vmap_autocast_and_with_what_is_frozen(kind):
+    fast, slow, shapes = ACTS[kind]
+    x, *factors = drawn((3, 2, width(kind)), *shapes, dtype=torch.float32)
+    act = partial(fast, drop=maps.same)
+    close(torch.vmap(act, (0, *(None for _ in factors)))(x, *factors), slow(x, *factors))
+    per = torch.vmap(torch.func.grad(lambda f, x: act(x, f, *factors[1:]).square().sum()), (None, 0))(factors[0], x)
+    close(per.sum(0), torch.autograd.grad(slow(x, *factors).square().sum(), factors[0])[0], 1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, want = act(x, *factors), slow(x, *factors)
+    assert y.dtype == torch.bfloat16 and float((y - want).detach().norm()) < 0.05 * float(want.detach().norm())
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), (x, *factors)))
+    half = act(x.detach().bfloat16(), *factors)
+    assert half.dtype == torch.bfloat16 and torch.autograd.grad(half.float().sum(), factors[0])[0].dtype == torch.float32
+    frozen = [f.detach() for f in factors]
+    close(torch.autograd.grad(act(x, *frozen).sum(), x)[0], torch.autograd.grad(slow(x, *frozen).sum(), x)[0])
+
+
+@pytest.mark.parametrize("kind", ["rows", "kronecker 2x3-4x2-2x5"])
+def test_acting_with_a_product_compiles(kind):
+    fast, slow, shapes = ACTS[kind]
+    x, *factors = drawn((3, 2, width(kind)), *shapes, dtype=torch.float32)
+    torch._dynamo.reset()
+    close(torch.compile(partial(fast, drop=maps.same), backend="eager", fullgraph=True)(x, *factors), slow(x, *factors))
+
+
 # LoHa
 
 
@@ -108,6 +220,29 @@ def test_loha_is_pefts(layer):
     x = torch.randn(4, I) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 6, 6)
     out = layer(x)
     close(out + acts(m, p, layer, x)[0], in_peft(LoHaConfig(r=2, alpha=3, target_modules=["0"]), layer, m, p)(x))
+
+
+def rebuilt(core, a, b):
+    """A core (r, r, pixels) times a (r, o) and b (r, channels), entry by entry."""
+    (r, _, P), o, c = core.shape, a.shape[1], b.shape[1]
+    out = torch.zeros(o, c, P)
+    for j, q in itertools.product(range(r), range(r)):
+        out += core[j, q] * a[j, :, None, None] * b[q, None, :, None]
+    return out
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_loha_with_cores(r):
+    layer = nn.Conv2d(3, O, 2)
+    m = LoHa(r, 5.0, tucker=True).on(ConvSite(layer))
+    p = begun(m)
+    assert {k: tuple(t.shape) for k, t in p.items()} == {"w1_a": (r, O), "w2_a": (r, O), "w1_b": (r, 3), "w2_b": (r, 3), "t1": (r, 4 * r), "t2": (r, 4 * r)}
+    one, two = (rebuilt(p[f"t{n}"].view(r, r, 4), p[f"w{n}_a"], p[f"w{n}_b"]) for n in (1, 2))
+    close(delta(m, p), 5.0 / r * (one * two).flatten(1))
+    close(*acts(m, p, layer, torch.randn(2, 3, 6, 6)))
+    assert [k for k, t in begun(m, noise=0).items() if not t.any()] == ["w2_b"]
+    for other in (nn.Linear(I, O), nn.Conv2d(I, O, 1), nn.Embedding(I, O)):
+        assert list(LoHa(r, tucker=True).on(site_for(other)).shapes(O, I)) == ["w1_a", "w1_b", "w2_a", "w2_b"], "no kernel, no core"
 
 
 # LoKr
@@ -164,6 +299,45 @@ def test_lokr_is_pefts(m):
     layer, p, x = nn.Linear(I, O), begun(m), torch.randn(4, I)
     config = LoKrConfig(r=m.r, alpha=m.alpha, decompose_factor=m.decompose_factor, decompose_both=m.decompose_both, target_modules=["0"])
     close(layer(x) + acts(m, p, layer, x)[0], in_peft(config, layer, m, p)(x))
+
+
+@pytest.mark.parametrize(("m", "leaves"), [(LoKr(1, 2.0, tucker=True), {"w1", "w2_a", "w2_b", "t2"}), (LoKr(1, 2.0), {"w1", "w2_a", "w2_b"}),
+                                           (LoKr(8, 2.0, tucker=True), {"w1", "w2"})], ids=("core", "low", "full"))
+@pytest.mark.parametrize("swapped", [False, True])
+def test_lokr_cuts_a_convolutions_channels(m, leaves, swapped):
+    layer = nn.Conv2d(6, 4, (1, 3))
+    m = dataclasses.replace(m, swapped=swapped).on(ConvSite(layer))
+    p = begun(m, 4, 18)
+    assert set(p) == leaves
+    if "t2" in p:
+        W2 = rebuilt(p["t2"].view(1, 1, 3), p["w2_a"], p["w2_b"])
+    else:
+        W2 = (p["w2"] if "w2" in p else p["w2_a"] @ p["w2_b"]).view(2, 3, 3)
+    want, (k, n) = torch.zeros(4, 6, 3), (2, 3)
+    for a, b, c, d in itertools.product(range(2), range(k), range(2), range(n)):
+        want[(b * 2 + a, d * 2 + c) if swapped else (a * k + b, c * n + d)] = 2.0 / m.r * p["w1"][a, c] * W2[b, d]
+    close(delta(m, p, torch.zeros(4, 18)), want.flatten(1))
+    x = torch.randn(2, 6, 5, 5)
+    got, slow = acts(m, p, layer, x)
+    close(got, slow)
+
+
+def test_pefts_lokr_with_a_core_on_a_conv1d_is_read_though_peft_cannot_run_it(tmp_path):
+    """PEFT 0.21.2 makes such an adapter and saves it; its own forward pass fails in torch.kron."""
+    import peft
+
+    theirs = peft.get_peft_model(nn.Sequential(nn.Conv1d(6, 4, 3)), peft.LoKrConfig(r=1, alpha=2, use_effective_conv2d=True, target_modules=["0"]))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        theirs(torch.randn(2, 6, 9))
+    p = {k.split("lokr_")[1].split(".")[0]: t.data.normal_() for k, t in theirs.named_parameters() if "lokr" in k}
+    theirs.save_pretrained(tmp_path / "a")
+    base = nn.Sequential(nn.Conv1d(6, 4, 3))
+    mine = lorakit.load(base, tmp_path / "a", check_base=False)
+    W2 = torch.einsum("jqp,jk,qn->knp", p["t2"][..., 0], p["w2_a"], p["w2_b"])
+    close(lorakit.merged(mine)[0].weight - base[0].weight, 2 * torch.kron(p["w1"][:, :, None], W2))
+    lorakit.save(mine, tmp_path / "b")
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # FourierFT

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from lorakit.merges.routes import ROUTES
 from lorakit.models import load_base
 from lorakit.quantized import dequantize, forget, packed, quantize
 from lorakit.quantized.bits import allot, fisher
+from lorakit.sites import site_at
 from lorakit.stores.scheme import scheme_of
 
 N = 96
@@ -100,6 +102,62 @@ def test_lq_lora_factors_first_and_keeps_the_last_that_got_better():
     m = lorakit.adapt(model("nf4"), "lora", r=8, lora_alpha=4, target_modules="0", init="lq-lora")
     Q, L = lq_slow(W, 8)
     assert gap(shown(m), Q + L) < 1e-4
+
+
+def fisher_start(scheme, data, **options):
+    m = Told(model(scheme))
+    lorakit.adapt(m, "lora", r=8, lora_alpha=4, target_modules="body.0", init={"name": "lq-lora-fisher", **options}, data=data)
+    return m, host.slots(m)["body.0"].map({"default": 1.0}).weight().detach()
+
+
+class Told(nn.Module):
+    """A model that gives a loss."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x, labels):
+        return SimpleNamespace(loss=(self.body(x) * labels).sum())
+
+
+def test_fisher_weights_are_the_squared_gradients_of_single_rows():
+    x, g = torch.randn(6, 3, N), torch.randn(6, 3, N)
+    F = sum((b.T @ a).square() for a, b in zip(x, g, strict=True))  # the loss is <g, W x + b>
+    m = Told(model("nf3"))
+    site = site_at(dict(m.named_modules()), "body.0")
+    [(c, d)] = INITS["lq-lora-fisher"].collect(m, {"body.0": (None, site)}, [{"x": x[:4], "labels": g[:4]}, {"x": x[4:], "labels": g[4:]}], {}).values()
+    assert torch.allclose(c, F.mean(1).sqrt(), rtol=1e-4) and torch.allclose(d, F.mean(0).sqrt(), rtol=1e-4)
+    assert not m.body[0]._forward_hooks and not m.body[0].weight.requires_grad
+
+
+def test_lq_lora_weighted_by_fisher_is_nearer_where_the_loss_feels_it():
+    torch.manual_seed(6)
+    W, rows, columns = model()[0].weight.detach(), torch.logspace(-1, 1, N)[torch.randperm(N)], torch.logspace(-1, 1, N)[torch.randperm(N)]
+    data = [{"x": torch.randn(64, 1, N) * columns, "labels": torch.randn(64, 1, N) * rows}]
+    m, V = fisher_start("nf3", data)
+    plain = shown(lorakit.adapt(model("nf3"), "lora", r=8, lora_alpha=4, target_modules="0", init="lq-lora"))
+    weigh = rows[:, None] * columns
+    assert gap(V * weigh, W * weigh) < 0.8 * gap(plain * weigh, W * weigh) and gap(V, W) > gap(plain, W)
+    p, Q = host.slots(m)["body.0"].params("default"), host.slots(m)["body.0"].map({}).weight()
+    assert gap(Q, packed_and_read(W - 0.5 * (p["B"] @ p["A"]).detach(), "nf3")) < 1e-5
+
+
+def test_equal_fisher_weights_are_plain_lq_lora():
+    data = [{"x": torch.eye(N)[:, None], "labels": torch.ones(N, 1, N)}]  # each row touches one input, and all outputs alike
+    _, V = fisher_start("nf3", data)
+    plain = shown(lorakit.adapt(model("nf3"), "lora", r=8, lora_alpha=4, target_modules="0", init="lq-lora"))
+    assert gap(V, plain) < 1e-4
+
+
+def test_fisher_weights_say_what_they_lack():
+    for data, why in (([], "holds no row"), ([{"x": torch.zeros(1, 1, N), "labels": torch.ones(1, 1, N)}], "no gradient there")):
+        m = Told(model("nf3"))
+        with pytest.raises(LorakitError, match=why):
+            lorakit.adapt(m, "lora", r=2, target_modules="body.0", init="lq-lora-fisher", data=data)
+        assert host.find_state(m) is None
+    with pytest.raises(LorakitError, match="gives no loss"):
+        lorakit.adapt(Fed(model("nf3")), "lora", r=2, target_modules="body.0", init="lq-lora-fisher", data=[{"x": torch.randn(2, N)}])
 
 
 def test_lqer_gives_back_the_largest_part_of_the_error_and_leaves_the_base():

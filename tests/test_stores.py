@@ -27,7 +27,7 @@ from lorakit.stores.product import back, times
 from lorakit.stores.scheme import SCHEMES, scheme_of
 
 ALL = {"nf4": "nf4", "nf4-plain": {"name": "nf4", "double_quant": False}, "nf4-32": {"name": "nf4", "block": 32}, "nf3": "nf3", "nf2": "nf2", "int8": "int8",
-       "int6": "int6", "int4": "int4", "int3": "int3", "int2": "int2", "int4-sym": {"name": "int4", "symmetric": True},
+       "int7": "int7", "int6": "int6", "int5": "int5", "int4": "int4", "int3": "int3", "int2": "int2", "int4-sym": {"name": "int4", "symmetric": True},
        "int8-groups": {"name": "int8", "group": 64, "symmetric": False}}
 every = pytest.mark.parametrize("scheme", list(ALL.values()), ids=list(ALL))
 
@@ -140,7 +140,8 @@ def slow_affine(M: torch.Tensor, bits: int, group: int, symmetric: bool) -> torc
 
 
 SLOW = {f"nf{b}": (lambda M, b=b: slow_normal_float(M, b, 64)) for b in (2, 3, 4)} | {
-    "int8": lambda M: slow_affine(M, 8, 0, True), "int6": lambda M: slow_affine(M, 6, 64, False), "int4": lambda M: slow_affine(M, 4, 64, False),
+    "int8": lambda M: slow_affine(M, 8, 0, True), "int7": lambda M: slow_affine(M, 7, 64, False), "int6": lambda M: slow_affine(M, 6, 64, False),
+    "int5": lambda M: slow_affine(M, 5, 64, False), "int4": lambda M: slow_affine(M, 4, 64, False),
     "int3": lambda M: slow_affine(M, 3, 32, False), "int2": lambda M: slow_affine(M, 2, 16, False)}
 
 
@@ -179,7 +180,7 @@ def test_bytes_are_what_the_parts_take(scheme, shape):
 def test_bits_per_weight():
     n = m = 4096
     for scheme, bits in (("nf4", 4 + 8 / 64 + 32 / (256 * 64)), ({"name": "nf4", "double_quant": False}, 4.5), ("nf2", 2 + 8 / 64 + 32 / (256 * 64)),
-                         ("int4", 5.0), ("int8", 8 + 32 / m), ("int2", 6.0)):
+                         ("int4", 5.0), ("int5", 6.0), ("int7", 8.0), ("int8", 8 + 32 / m), ("int2", 6.0)):
         assert scheme_of(scheme).bytes(n, m) * 8 / (n * m) == pytest.approx(bits, abs=1e-5)
 
 
@@ -207,7 +208,7 @@ def test_a_matrix_made_in_pieces_is_the_one_made_at_once(scheme, shape, monkeypa
     parts = s.parts(M)
     at_once = s.numbers(parts, 0, M.numel(), shape, torch.float32).view(shape)
     monkeypatch.setattr(schemes, "CHUNK", 1024)
-    assert s.chunk(shape[1], parts) < M.numel() or M.numel() <= 1024
+    assert s.chunk(shape[1], parts, torch.float32) < M.numel() or M.numel() <= 1024
     assert same(s.matrix(parts, *shape, torch.float32), at_once)
     at = torch.tensor([2, 0, 2])
     if (rows := s.rows(parts, at, shape, torch.float32)) is not None:
@@ -429,7 +430,7 @@ def test_what_cannot_be_is_refused_and_nothing_changes():
     refused("int-4", r"unknown scheme `int-4`.*int4")
     refused({"name": "nf4", "blok": 64}, r"no option `blok`.*block")
     refused({"name": "nf4", "bits": 5}, "bits must be 2, 3 or 4, not 5")
-    refused({"name": "int4", "bits": 5}, "bits must be one of .* not 5")
+    refused({"name": "int4", "bits": 9}, "bits must be one of .* 8, not 9")
     refused({"name": "nf4", "block": 12}, "block must be a multiple of 8, not 12")
     refused({"name": "int4", "group": 12}, "group must be a multiple of 8")
     refused("int4", r"0: rows of 200 numbers are no whole groups of 64; mend: group: 8", nn.Linear(200, 128))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,10 @@ class Map(ABC):
     def row_sq(self) -> Tensor:  # (o,): the squared norm of every row
         return self.weight().square().sum(-1)
 
+    def product(self) -> tuple[Tensor, Tensor | None] | None:
+        """The weight (o, i) as it is kept, and the bias, where the map is no more than x Wᵀ + b with them."""
+        return None
+
 
 @dataclass(frozen=True)
 class Base(Map):
@@ -53,6 +58,11 @@ class Base(Map):
 
     def row_sq(self):
         return self.site.row_sq(self.weight)
+
+    def product(self):
+        site = self.site
+        W = None if site.slides or site.lookup or site.stack or site.read else site.store.operand
+        return None if W is None else (site.view(W), self.bias)
 
 
 @dataclass
@@ -110,7 +120,7 @@ class Applied(Map):
 
     def weight(self):
         W = self.inner.weight()
-        V = each(self.site, self.method, self.method.weight, self.p, W)
+        V = each(self.site, self.method, partial(self.method.weight_at, site=self.site), self.p, W)
         return V if self.gain == 1.0 else W + (V - W) * self.gain
 
 

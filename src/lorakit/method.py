@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError, near
+from lorakit.kernels.beside import beside, takes, thin
 from lorakit.kernels.norms import row_norm_of_sum
-from lorakit.maps import Map
+from lorakit.maps import Map, same
 
 Params = dict[str, Tensor]
 Thunk = Callable[[], Tensor]
@@ -169,7 +170,7 @@ class Method(ABC):
     reads_base: ClassVar[bool] = False  # delta depends on W, so no part of it can be taken out of W beforehand
     replaces: ClassVar[bool] = False  # the result does not depend on the base's weight and bias at all
     follows: ClassVar[bool] = False  # a weight that is tied to the target's follows unasked
-    mergeable: ClassVar[str] = "exact"  # "no": the result depends on the input, so that no one weight stands for it
+    mergeable: ClassVar[str] = "exact"  # "no": the result depends on the input, so that no one weight stands for it; "rounded": `weight_at` alone
     plain_in_files: ClassVar[bool] = False  # a saved adapter is better off as the plain LoRA that it amounts to
     last: ClassVar[bool] = False  # acts on the layer's finished output, bias included (a serial adapter)
     varies: ClassVar[Mapping[str, tuple[str, str]]] = {}  # PEFT's pattern for what may differ between targets -> (PEFT's key, our field)
@@ -183,10 +184,23 @@ class Method(ABC):
     def weight(self, p: Params, W: Tensor) -> Tensor:  # (o, i) -> (o, i), the definition
         ...
 
+    def weight_at(self, p: Params, W: Tensor, site) -> Tensor:
+        """W' on this target: `weight`, unless it depends on how the target's weight is kept."""
+        return self.weight(p, W)
+
+    def unrounded(self, p: Params, W: Tensor) -> Tensor:
+        """What `weight_at` rounds as the target's weight is kept; W' itself where it does not."""
+        return self.weight(p, W)
+
     def act(self, p: Params, x: Tensor, f: Map, site, drop) -> Tensor:
         """W' x. Override where there is a way that does not form W'."""
         W = self.weight(p, f.weight())
         return site.op(x, W.to(x.dtype if x.is_floating_point() else site.dtype))
+
+    def gained(self, p: Params, x: Tensor, f: Map, site, drop, g: Tensor) -> Tensor:
+        """diag(g) W' x, g (o,)."""
+        y = self.act(p, x, f, site, drop)
+        return site.scale(y, g.to(y.dtype), last=True)
 
     def update(self, p: Params, x: Tensor, f: Map, site, drop) -> Tensor:
         """(W' - W) x."""
@@ -395,6 +409,20 @@ class LowRank(Additive):
         """The factors as the forward pass takes them: a number among them scales the thin product, so that no scaled copy of a factor is kept."""
         return self.factors(p)
 
+    def _beside(self, p: Params, x: Tensor, f: Map, drop, g: Tensor | None = None) -> Tensor | None:
+        """Base and thin product in one step; None where they are not that simple."""
+        base = f.product() if type(self).update is LowRank.update else None
+        two = thin(self.live(p), x, None if drop is same else drop) if base and takes(x, base[0]) else None
+        return None if two is None else beside(x, *base, two, g)
+
+    def act(self, p, x, f, site, drop):
+        y = self._beside(p, x, f, drop)
+        return super().act(p, x, f, site, drop) if y is None else y
+
+    def gained(self, p, x, f, site, drop, g):
+        y = self._beside(p, x, f, drop, g)
+        return super().gained(p, x, f, site, drop, g) if y is None else y
+
     def update(self, p, x, f, site, drop):
         dtype = x.dtype if x.is_floating_point() else site.dtype
         return site.chain(x, *(F.to(dtype) if isinstance(F, Tensor) else F for F in self.live(p)), drop=drop)
@@ -437,12 +465,25 @@ class Serial(Dynamic):
         return self.after(p, f(x), site, drop)
 
 
+class Part(NamedTuple):
+    """An adapter of a mixed batch at one module: its name, its method and the tensors it has there."""
+
+    name: str
+    method: Method
+    p: Params
+
+
+# The answer to a call whose row k has parts[index[k]], -1 none: (parts, index (b,) on the CPU, inner, call, site) -> answer.
+Mixed = Callable[[Sequence[Part], Tensor, Callable[[Any], Any], Any, Any], Any]
+
+
 class Around(Method):
     """A method around a whole module's call: it changes what goes in or comes out, never a weight."""
 
     mergeable = "no"
     around_a: ClassVar[str] = "model"  # the kind of module: "model" or "attention"
     inmost: ClassVar[bool] = False  # of several, it is nearest to the module, whatever their order
+    mixed: ClassVar[Mixed | None] = None  # how rows of several such methods go through one call; methods with one function mix
 
     def weight(self, p, W):
         raise LorakitError(f"{self.name} changes no weight: it cannot be merged or exported; mend: keep it as an adapter")

@@ -52,25 +52,29 @@ def load_base(base: str | Path, task: str = "causal-lm", *, dtype: str | torch.d
     """A transformers model for a task, in evaluation mode. Extra arguments go into its configuration (num_labels, …).
 
     quantize: how the linear layers are packed while they are read, one after the other ("nf4", {name: int4, group: 32}, …, or
-    [{scheme, layers}, …]). What was saved packed is read as it is.
+    [{scheme, layers}, …]). What was saved packed is read as it is, bitsandbytes' NF4 without bitsandbytes.
     """
     import transformers
 
-    from lorakit.quantized import hub, packed  # hub registers how lorakit's packed checkpoints are read
+    from lorakit.quantized import bitsandbytes, hub, packed  # hub registers how lorakit's packed checkpoints are read
 
     if task not in TASKS:
         raise LorakitError(f"unknown task `{task}`{near(task, TASKS)}")
     name = where(base)
-    if quantize is not None and (there := _quantized(name, revision)):
+    there = _quantized(name, revision)
+    if quantize is not None and there:
         if isinstance(quantize, str | Mapping):
-            raise LorakitError(f"{name} is quantised already ({there}); mend: leave `quantize` out, or name the base from before")
+            raise LorakitError(f"{name} is quantised already ({there.get('quant_method')}); mend: leave `quantize` out, or name the base from before")
         quantize = None
     if quantize is not None:
         config["quantization_config"] = hub.Quantize(quantize) if isinstance(quantize, str | Mapping) else hub.Quantize(packed=quantize)
+    cls, options = getattr(transformers, TASKS[task]), {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        model = getattr(transformers, TASKS[task]).from_pretrained(
-            name, dtype=dtype_of(dtype), revision=revision, trust_remote_code=trust_remote_code, **config).eval()
-    except (OSError, ValueError, KeyError) as e:
+        if bitsandbytes.readable(there):
+            model = bitsandbytes.load(cls, name, dtype_of(dtype), options, config)
+        else:
+            model = cls.from_pretrained(name, dtype=dtype_of(dtype), **options, **config).eval()
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as e:  # a quantised one may need a library, or more than transformers has
         raise LorakitError(f"could not load the base model {name} for {task}: {_first(e)}") from e
     if quantize is not None:
         for path, layer in packed(model).items():
@@ -90,15 +94,15 @@ def skeleton(base: str | Path, task: str = "causal-lm") -> nn.Module:
         return getattr(transformers, TASKS[task]).from_config(config)
 
 
-def _quantized(name: str, revision: str | None) -> str | None:
-    """How a checkpoint is quantised, by its configuration."""
+def _quantized(name: str, revision: str | None) -> dict[str, Any]:
+    """How a checkpoint is quantised, by its configuration; {} where it is not."""
     from transformers import PretrainedConfig
 
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError):
-        return None
-    return (config.get("quantization_config") or {}).get("quant_method")
+        return {}
+    return config.get("quantization_config") or {}
 
 
 def load_tokenizer(base: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -27,9 +27,11 @@ from lorakit.methods.full import Full
 from lorakit.methods.hra import HRA
 from lorakit.methods.hydralora import HydraLoRA
 from lorakit.methods.ia3 import IA3
+from lorakit.methods.l_lora import LLoRA
 from lorakit.methods.loha import LoHa
 from lorakit.methods.lokr import LoKr
 from lorakit.methods.lora import LoRA
+from lorakit.methods.lora_prune import LoRAPrune
 from lorakit.methods.lora_xs import LoRAXS
 from lorakit.methods.loretta import LoRETTA
 from lorakit.methods.loretta_adp import LoRETTAAdp
@@ -79,6 +81,7 @@ RECIPES: dict[str, Recipe] = {
     "lora-fa": Recipe(LoRA(), "LoRA-FA", "2308.03303", "W + s B A, A frozen", freeze=("A",), aliases=("lorafa",)),
     "asymmetric-lora": Recipe(LoRA(), "Asymmetric LoRA", "2402.16842", "W + s B A, A frozen with A Aᵀ = I", "orthogonal", ("A",), ("lorasym",)),
     "lora-nonzero": Recipe(LoRA(), "LoRA from a non-zero start", "2505.23194", "W - s B0 A0 + s B A", "nonzero", aliases=("nzlora",)),
+    "l-lora": Recipe(LLoRA(LoRA()), "L-LoRA", "2310.04742", "W + s [B A0 + B0 (A - A0)], A0 and B0 the start", aliases=("llora", "linearized-lora")),
     "pissa": Recipe(LoRA(), "PiSSA", "2404.02948", "W - s B0 A0 + s B A, s B0 A0 = U_r S_r V_rᵀ", "pissa"),
     "milora": Recipe(LoRA(), "MiLoRA", "2406.09044", "W - s B0 A0 + s B A, s B0 A0 = U_-r S_-r V_-rᵀ", "milora"),
     "olora": Recipe(LoRA(), "OLoRA", "2406.01775", "W - s B0 A0 + s B A, B0 A0 = Q_r R_r", "olora"),
@@ -131,6 +134,7 @@ RECIPES: dict[str, Recipe] = {
     "lq-lora": Recipe(LoRA(), "LQ-LoRA", "2311.12023", "Q + s B A, made together: L = SVD_r(W - Q), Q = q(W - L)", "lq-lora"),
     "lqer": Recipe(LoRA(), "LQER", "2402.02446", "q(W) + s B A, s B A = SVD_r(W - q(W))", "lqer"),
     "sparse-adapter": Recipe(SparseLoRA(keep=0.5), "SparseAdapter", "2210.04284", "W + s (B ∘ MB) (A ∘ MA), half of each factor left out"),
+    "lora-prune": Recipe(LoRAPrune(), "LoRAPrune", "2305.18403", "diag(m) (W + s B A), m of zeros and ones", aliases=("loraprune",)),
     "large-sparse": Recipe(SparseLoRA(32, 64.0, 0.25), "SparseAdapter, Large-Sparse", "2210.04284", "W + s (B ∘ MB) (A ∘ MA), a quarter of 4 times the rank"),
     "roselora": Recipe(SparseLoRA(alpha=32.0), "RoseLoRA", "2406.10777", "W + s (B ∘ MB) (A ∘ MA), sparse rows of A and columns of B"),
     "structured-lora": Recipe(LowRankSparse(), "Structured LoRA", "", "W + s B A + S, S sparse", aliases=("low-rank-sparse",)),

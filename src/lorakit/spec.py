@@ -17,6 +17,7 @@ from lorakit.inits import INITS, Init
 from lorakit.method import Around, Method, method_from_dict
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import Full
+from lorakit.methods.merge_aware import MergeAware
 from lorakit.methods.offset import Offset
 from lorakit.methods.tokens import Tokens
 from lorakit.methods.trained_bias import TrainedBias
@@ -54,6 +55,7 @@ class Spec:
     storage: str = "offset"  # a start whose delta is not zero: kept as frozen copies, taken out of the base, or left in
     seed: int = 0
     recipe: str = ""
+    merge_aware: bool = False  # trained as the weight that a quantised base makes of base + update
     prompt: Method | None = None  # a method around the model, beside it and in one adapter with it
 
     def __post_init__(self):
@@ -98,6 +100,8 @@ class Spec:
             plan |= {p: self.prompt.on(site_at(modules, p)) for p in select(model, words[self.prompt.around_a])}
         if self.bias != "none":
             plan = {p: m if isinstance(m, Around) else TrainedBias(m) for p, m in plan.items()}
+        if self.merge_aware:
+            plan = {p: m if isinstance(m, Around) else MergeAware(m) for p, m in plan.items()}
         plan |= kept
         return plan | (_biases(model, plan) if self.bias == "all" else {})
 

@@ -330,6 +330,8 @@ def methods_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
             keys = {leaf: f"{PREFIX}{p}.{method.key(leaf)}" for leaf in method.leaves}
             shapes = {leaf: tuple(tensors[k].shape) for leaf, k in keys.items() if k in tensors}
             plan[p] = plan[p].over_core(lambda core, shapes=shapes: core.at_peft(dict(config), shapes))
+    if type(method.core).on is not Method.on and not isinstance(method, Around):
+        plan = {p: m.on(site_at(modules, p)) if place(modules, p) else m for p, m in plan.items()}
     for k in (k for k in tensors if k.endswith(TOKENS_KEY)):
         p, told = k.removeprefix(PREFIX).removesuffix(TOKENS_KEY), config.get("trainable_token_indices") or ()
         rows = next((v for t, v in told.items() if f".{p}".endswith(f".{t}")), ()) if isinstance(told, Mapping) else told

@@ -161,7 +161,7 @@ def _begin(slot: Slot, name: str, method: Method, mine: Params, start, absorb: b
     def before(n: int) -> Origin:  # what a start of the weight is made of
         if not site.store.packs:
             return origin(n)
-        return Origin(lambda: _original(site), None, site.lookup, lambda M: site.view(site.store.rounded(site.unview(M.to(site.store.device)))).cpu(),
+        return Origin(lambda: _original(site), None, site.lookup, lambda M: site.rounded(M.to(site.store.device)).cpu(),
                       site.store.original() is not None)
 
     many = range(site.stack[0] if site.stack else 1)

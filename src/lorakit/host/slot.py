@@ -14,7 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.kernels.dropout import Dropout
 from lorakit.kernels.segments import Layout, layout, stacked
 from lorakit.maps import Affine, After, Applied, Base, Grouped, Map, Once, PerRow, Sum, same, spread
-from lorakit.method import Method, Params
+from lorakit.method import Method, Params, Part
 from lorakit.sites import NO_ROWS, Call, Site
 from lorakit.stores.dense import held
 
@@ -267,19 +267,29 @@ class Slot:
 
     def around(self, own: Callable[..., Any], call: Call) -> Any:
         """The module's answer to a call through the methods around it; the first of them is the innermost."""
-        if self.state.rows is not None:
-            names = ", ".join(sorted({m.name for m in self.methods.values()}))
-            raise LorakitError(f"{self.path or 'the model'}: a mixed batch cannot be followed through {names}, which change what every row sees; "
-                               "mend: one batch for each adapter")
 
         def inner(call: Call) -> Any:
             return own(**call.given)
 
+        if self.state.rows is not None:
+            return self._around_rows(*self.state.rows, inner, call)
         for a in sorted((a for a in self.state.active if a in self.methods), key=lambda a: not self.methods[a].inmost):
             if (g := self.state.active[a]) != 1.0:
                 raise LorakitError(f"adapter `{a}`: {self.methods[a].name} is there or not, a weight of {g} means nothing; mend: weights of 1")
             inner = partial(self.methods[a].around, self.params(a), inner, site=self.site)
         return inner(call)
+
+    def _around_rows(self, names: tuple[str, ...], index: Tensor, inner: Callable[[Call], Any], call: Call) -> Any:
+        """The same of a mixed batch: every row through the method that its adapter has here."""
+        here = [n for n in names if n in self.methods]
+        mixed = self.methods[here[0]].mixed
+        for n in here:
+            if (own := self.methods[n].mixed) is None or own is not mixed:
+                row = index.tolist().index(names.index(n))
+                why = "changes what every row sees" if own is None else f"does not mix with {self.methods[here[0]].name}, which `{here[0]}` has"
+                raise LorakitError(f"{self.path or 'the model'}: adapter `{n}` (row {row}): {self.methods[n].name} {why}; mend: one batch for each adapter")
+        mine = torch.tensor([here.index(n) if n in here else -1 for n in names] + [-1])[index]  # -1, the base, is the last
+        return mixed([Part(n, self.methods[n], self.params(n)) for n in here], mine, inner, call, self.site)
 
     def check_rows(self) -> None:
         if NO_ROWS.search(self.path):

@@ -55,14 +55,14 @@ def put_triplets(method, p: Mapping[str, Tensor], U: Tensor, S: Tensor, V: Tenso
     p["B"].copy_(U * root)
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
     if not isinstance(batch, Mapping):
         raise LorakitError(f"data: batches are dictionaries of the model's inputs, not {type(batch).__name__}")
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
     was = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -102,9 +102,9 @@ def watch(what: str, model: nn.Module, sites: Mapping[str, Any], data: Iterable,
                                "leave it out of the targets")
     handles = [site.module.register_forward_pre_hook(hook(path, site)) for path, site in sites.items()]
     try:
-        with _evaluating(model) as device:
+        with evaluating(model) as device:
             for batch in data:
-                batch, count = _moved(batch, device), count + 1
+                batch, count = moved(batch, device), count + 1
                 mask[0] = batch["attention_mask"].bool() if "attention_mask" in batch else None
                 if labels and isinstance(batch.get("labels"), Tensor) and batch["labels"].dim() == 2:
                     kept = batch["labels"] != -100
@@ -126,11 +126,11 @@ def gradients(what: str, model: nn.Module, sites: Mapping[str, Any], data: Itera
     every = {id(W): W for W in weights.values()}
     flags, total, count = {k: W.requires_grad for k, W in every.items()}, {}, 0
     try:
-        with _evaluating(model) as device, torch.enable_grad():
+        with evaluating(model) as device, torch.enable_grad():
             for W in every.values():
                 W.requires_grad_(True)
             for batch in data:
-                out = model(**_moved(batch, device))
+                out = model(**moved(batch, device))
                 loss = getattr(out, "loss", None)
                 if loss is None:
                     raise LorakitError(f"init {what}: the model gives no loss for these batches; mend: put `labels` into them")

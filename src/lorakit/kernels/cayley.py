@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from lorakit.kernels.products import Product, made
 
 
 def block_of(numbers: int) -> int:
@@ -17,8 +20,8 @@ def skew(v: Tensor) -> Tensor:
     """Q (…, b, b) = T - Tᵀ, T with the numbers v (…, b(b-1)/2) above its diagonal, row by row."""
     b = block_of(v.shape[-1])
     row, col = torch.triu_indices(b, b, 1, device=v.device)
-    place = torch.zeros(b, b, dtype=torch.long, device=v.device).index_put((row, col), torch.arange(1, len(row) + 1, device=v.device))
-    T = torch.cat([torch.zeros_like(v[..., :1]), v], -1)[..., place]
+    T = v.new_zeros(*v.shape[:-1], b, b)
+    T[..., row, col] = v
     return T - T.mT
 
 
@@ -54,6 +57,15 @@ def cayley(Q: Tensor) -> Tensor:
     return _Cayley.apply(Q)
 
 
+def _horner(Q: Tensor, terms: int) -> list[Tensor]:
+    """P_1 = 2I + Q and P_k = 2I + Q P_(k-1), of which the last makes the series I + Q P."""
+    one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    out = [2 * one + Q]
+    for _ in range(max(terms - 1, 3) - 2):
+        out.append(2 * one + Q @ out[-1])
+    return out
+
+
 def cayley_series(Q: Tensor, terms: int) -> Tensor:
     """PEFT's truncated series I + 2Q + 2Q² + … + Qⁿ, n = terms - 1 (for 3 and 4 terms alike: up to Q³).
 
@@ -63,14 +75,62 @@ def cayley_series(Q: Tensor, terms: int) -> Tensor:
         one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         if terms < 3:
             return (one + 2 * (terms - 1) * Q).expand_as(Q)
-        last = max(terms - 1, 3)
-        R = 2 * one + Q  # Horner: from the last power outwards
-        for _ in range(last - 2):
-            R = 2 * one + Q @ R
-        return one + Q @ R
+        return one + Q @ _horner(Q, terms)[-1]
+
+
+def _series_pull(terms: int, g: Tensor, v: Tensor) -> tuple[Tensor]:
+    """The gradient of v through `cayley_series(skew(v), terms)`, whose powers are made again."""
+    Q = skew(v)
+    if terms < 3:
+        gQ = 2 * (terms - 1) * g
+    else:
+        gQ, *before = 0, *_horner(Q, terms)
+        for P in reversed(before):
+            gQ, g = gQ + g @ P.mT, Q.mT @ g
+        gQ = gQ + g
+    row, col = torch.triu_indices(Q.shape[-1], Q.shape[-1], 1, device=v.device)
+    return ((gQ - gQ.mT)[..., row, col],)
+
+
+def series_of(v: Tensor, terms: int) -> Tensor:
+    """`cayley_series(skew(v), terms)`, of which nothing is kept but v."""
+    with torch.autocast(v.device.type, enabled=False):
+        return made(Product(lambda v: cayley_series(skew(v), terms), partial(_series_pull, terms)), v)
+
+
+def turn_slow(x: Tensor, R: Tensor) -> Tensor:
+    b = R.shape[-1]
+    return torch.einsum("...nb,nbc->...nc", x.unflatten(-1, (-1, b)), R.to(x.dtype).expand(x.shape[-1] // b, b, b)).flatten(-2)
+
+
+def _blocks(x: Tensor, b: int) -> Tensor:
+    """(…, n b) -> (n, t, b)."""
+    return x.reshape(-1, x.shape[-1] // b, b).transpose(0, 1)
+
+
+class _Turn(torch.autograd.Function):
+    """Keeps x and R; the blocks of x are laid side by side only while R's gradient is made, where that is faster than to read them with gaps."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, R):
+        return turn_slow(x, R)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, R = ctx.saved_tensors
+        b, gR = R.shape[-1], None
+        if ctx.needs_input_grad[1]:
+            gR = _blocks(x, b).to(g.dtype).contiguous().mT @ _blocks(g, b).contiguous()
+            gR = (gR.sum(0, keepdim=True) if len(R) == 1 else gR).to(R.dtype)
+        return turn_slow(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None, gR
 
 
 def turn(x: Tensor, R: Tensor) -> Tensor:
     """x (…, n b) times the block-diagonal matrix of R (n, b, b); R (1, b, b) serves every block."""
-    b = R.shape[-1]
-    return torch.einsum("...nb,nbc->...nc", x.unflatten(-1, (-1, b)), R.to(x.dtype).expand(x.shape[-1] // b, b, b)).flatten(-2)
+    return turn_slow(x, R) if torch.compiler.is_compiling() else _Turn.apply(x, R)

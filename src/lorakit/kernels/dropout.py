@@ -2,33 +2,49 @@
 
     h = (m ∘ x) Aᵀ / (1 - p),   m_n = 1 with probability 1 - p
 
-Drawn from 16-bit lanes of one random 64-bit number for four elements: p is rounded to a 65536th, and the scale with it. The seed comes from torch's own
-generator, so `torch.manual_seed` and a checkpoint that is computed again give the same mask.
+What is drawn are the places of the zeros alone: the gaps between them are geometric, ceil(log u / log(1 - p)), which makes every element independent of
+the others. The seed comes from torch's own generator, so `torch.manual_seed` and a checkpoint that is computed again give the same mask.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-LANES = 65536
+
+def zeros(n: int, p: float, seed: int, device: torch.device) -> Tensor:
+    """Which of n elements are dropped, ascending; n itself, as often as it takes, stands for none. Its length depends on n and p alone."""
+    if p >= 1:
+        return torch.arange(n, device=device)
+    many = math.ceil(n * p + 8 * math.sqrt(n * p)) + 16  # that so many gaps end before n has a chance of less than 1e-14
+    u = 1 - torch.rand(many, generator=torch.Generator(device).manual_seed(seed), device=device)
+    return (u.log_() / math.log1p(-p)).floor_().add_(1).clamp_(max=n + 1).cumsum(0, dtype=torch.int64).sub_(1).clamp_(max=n)
 
 
-def mask(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor:
-    """Which elements stay, bool."""
-    n = shape.numel()
-    g = torch.Generator(device).manual_seed(seed)
-    drawn = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=g).view(torch.int16)[:n]
-    return (drawn >= round(p * LANES) - LANES // 2).view(shape)
+def without(x: Tensor, at: Tensor) -> Tensor:
+    """x with zeros at these places of its elements, which are counted row by row."""
+    return F.pad(x.reshape(-1), (0, 1)).index_fill_(0, at, 0)[:-1].view(x.shape)
+
+
+def strength(p: float) -> float:
+    """What the elements that stay are multiplied with."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def masked(x: Tensor, p: float, seed: int) -> Tensor:
+    """m ∘ x / (1 - p), the same m at every call; its own transpose."""
+    return without(x, zeros(x.numel(), p, seed, x.device)) * strength(p)
 
 
 def dropped_slow(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
-    kept = mask(x.shape, p, seed, x.device)
-    return F.linear(x * kept / (1 - round(p * LANES) / LANES), A)
+    return F.linear(masked(x, p, seed), A)
 
 
 class _Dropped(torch.autograd.Function):
@@ -38,16 +54,15 @@ class _Dropped(torch.autograd.Function):
         ctx.drawn = p, seed
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        kept = mask(x.shape, p, seed, x.device)
-        return F.linear(x * kept, A / (1 - round(p * LANES) / LANES)).to(dtype)
+        return F.linear(without(x, zeros(x.numel(), p, seed, x.device)), A * strength(p)).to(dtype)
 
     @staticmethod
     def backward(ctx, g):
         x, A = ctx.saved_tensors
         p, seed = ctx.drawn
-        kept, scale = mask(x.shape, p, seed, x.device), 1 / (1 - round(p * LANES) / LANES)
-        gx = (g @ (A * scale).to(g.dtype)).to(x.dtype) * kept if ctx.needs_input_grad[0] else None
-        gA = (g.flatten(0, -2).mT @ ((x * kept).to(g.dtype) * scale).flatten(0, -2)).to(A.dtype) if ctx.needs_input_grad[1] else None
+        at, scale = zeros(x.numel(), p, seed, x.device), strength(p)
+        gx = without((g @ (A * scale).to(g.dtype)).to(x.dtype), at) if ctx.needs_input_grad[0] else None
+        gA = (g.flatten(0, -2).mT @ (without(x, at).to(g.dtype) * scale).flatten(0, -2)).to(A.dtype) if ctx.needs_input_grad[1] else None
         return gx, gA, None, None
 
 
@@ -64,4 +79,16 @@ class Dropout:
         """drop(x) Aᵀ, (…, i), (r, i) -> (…, r)."""
         if torch.compiler.is_compiling():
             return F.linear(self(x), A)
-        return _Dropped.apply(x, A, self.p, 0 if isinstance(x, FakeTensor) else int(torch.randint(2**62, (1,))))
+        return _Dropped.apply(x, A, self.p, self.seed(x))
+
+    def drawn(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """This dropout of tensors of x's shape with one mask, which is drawn now and kept nowhere."""
+        return partial(masked, p=self.p, seed=self.seed(x))
+
+    def seed(self, x: Tensor) -> int:
+        return 0 if isinstance(x, FakeTensor) else int(torch.randint(2**62, (1,)))
+
+
+def steady(drop: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A dropout, or what stands for none, of tensors of x's shape that does the same at every call."""
+    return drop.drawn(x) if isinstance(drop, Dropout) else drop

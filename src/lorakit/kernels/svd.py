@@ -19,8 +19,8 @@ def thin_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def fast_svd(W: Tensor, k: int, niter: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The first k triplets of W (o, i), nearly: randomised subspace iteration (Halko et al., arXiv 0909.4061), niter rounds, no oversampling."""
-    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], k, generator=gen)).Q
+    """The first k triplets of W (…, o, i), nearly: randomised subspace iteration (Halko et al., arXiv 0909.4061), niter rounds, no oversampling."""
+    Q = torch.linalg.qr(W @ torch.randn(W.shape[-1], k, generator=gen)).Q
     for _ in range(niter):
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)

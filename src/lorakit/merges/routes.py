@@ -1,7 +1,8 @@
 """Merging into a quantised base. A small update is lost by rounding: codes are the nearest to base + update, mostly the base's own.
 
     dequantized   the layer becomes an ordinary one that holds base + update: what was trained, at the size of the compute dtype
-    requantize    q(base + update): the size of the base; refused where it keeps less of the update than `least`
+    requantize    q(base + update): the size of the base; refused where it keeps less of the update than `least`; all is kept of an adapter that was trained
+                  so (`merge_aware`)
     exact         an update that is constant over the base's groups goes into their zero points: nothing is lost (QA-LoRA, 2309.14717)
     residual      q(base + update), and what rounding dropped as a plain LoRA beside it, of the lowest rank with a relative `error`
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lorakit import host
 from lorakit.errors import LorakitError, near
+from lorakit.maps import Applied
 from lorakit.merges.mix import put
 
 LEAST = 0.9
@@ -43,6 +45,12 @@ def _read(slot: host.Slot) -> Tensor:
     return slot.site.view(slot.site.store.read(torch.float32))
 
 
+def _unrounded(slot: host.Slot, V: Tensor) -> Tensor:
+    """What the store is to round: V, or of an adapter that was trained with the rounding what it was made of, so that even the constants are the same."""
+    m = slot.map(slot.state.active)
+    return m.method.unrounded(m.p, m.inner.weight()) if isinstance(m, Applied) and m.gain == 1.0 else V
+
+
 def requantize(model: nn.Module, least: float = LEAST, force: bool = False) -> dict[str, Kept]:
     """q(base + update) on every quantised target. LorakitError, and nothing merged, where less than `least` of an update would be left."""
     told: dict[str, Kept] = {}
@@ -52,13 +60,13 @@ def requantize(model: nn.Module, least: float = LEAST, force: bool = False) -> d
             host.thaw(slot, V)
             return
         W = _read(slot)
-        slot.site.store.write(slot.site.unview(V))
+        slot.site.store.write(slot.site.unview(_unrounded(slot, V)))
         share, error = _share(_read(slot), W, V)
         told[slot.path] = Kept(share, error)
         if share < least and not force:
             name = slot.site.module.scheme.name
             raise LorakitError(f"{slot.path}: rounding to {name} would keep {share:.1%} of the update, less than {least:.0%}; nothing was merged. Mend: "
-                               "route dequantized (a larger model) or residual (a LoRA beside it), a base of more bits, or force")
+                               "route dequantized (a larger model) or residual (a LoRA beside it), merge_aware: true in training, more bits, or force")
 
     host.merge(model, write)
     return told
@@ -91,13 +99,13 @@ def residual(model: nn.Module, error: float = 0.05, name: str = "residual") -> d
         if not slot.site.store.packs:
             host.thaw(slot, V)
             return
-        site, W = slot.site, _read(slot)
+        site, W, whole = slot.site, _read(slot), _unrounded(slot, V)
         goal = error * float((V - W).norm())
-        options = [(V - W, False), (V - site.view(site.store.rounded(site.unview(V))), True)]
+        options = [(V - W, False), (V - site.rounded(whole), True)]
         ranks = [(_rank(D, goal), changed, D) for D, changed in options]
         r, changed, D = min(ranks, key=lambda t: t[0])
         if changed:
-            site.store.write(site.unview(V))
+            site.store.write(site.unview(whole))
         U, S, Vh = torch.linalg.svd(D.double(), full_matrices=False)
         if r:
             rest[slot.path] = (U[:, :r] * S[:r]).to(V.dtype), Vh[:r].to(V.dtype)

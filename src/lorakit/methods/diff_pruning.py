@@ -30,7 +30,7 @@ class DiffPruning(Additive):
 
     w = Leaf("o i", zeros, key="diff_weight")
     a = Leaf("o i", constant("logit"), key="diff_logits")
-    g = Leaf("one", constant("logit"), key="diff_group")
+    g = Leaf("one", constant("logit"), key="diff_group", only="one")
 
     def __post_init__(self):
         if not self.lower < 0 < 1 < self.upper:
@@ -40,12 +40,8 @@ class DiffPruning(Additive):
     def examples(cls):
         return [cls(0.6, -0.1, 1.1), cls(0.2, -0.9, 1.3, False)]
 
-    @property
-    def leaves(self):
-        return {k: leaf for k, leaf in self.own.items() if k != "g" or self.structured}
-
     def dims(self, o, i):
-        return super().dims(o, i) | {"one": 1}
+        return super().dims(o, i) | {"one": int(self.structured)}
 
     def gate(self, a: Tensor, sampled: bool) -> Tensor:
         if sampled:

@@ -5,7 +5,8 @@
 c trains; the places are those of the first n of a random permutation drawn on the CPU with `random_loc_seed`, as in PEFT, so equal layers have equal
 places and a file holds c alone. Normal c changes the model at step 0 (PEFT's default); begin="zeros" does not. Of F and its mirror
 image only the sum matters. The update is a product of n cosines and n sines, cos(a + b) = cos a cos b - sin a sin b: that way is taken
-where n is small, else one real transform of half a spectrum, in at least float32.
+where n is small, else one real transform of half a spectrum, in at least float32, whose result joins the base's weight for one product where they are of
+one precision, and is made again for the backward pass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from functools import lru_cache
 import torch
 
 from lorakit.errors import LorakitError
+from lorakit.kernels.beside import merged, takes
+from lorakit.kernels.products import Product, made, through
+from lorakit.kernels.spectrum import sparse_spectrum
 from lorakit.kernels.tensor_train import pays
+from lorakit.maps import same
 from lorakit.method import Additive, Leaf, choice, method, sizes
 
 
@@ -27,8 +32,8 @@ def drawn(o: int, i: int, n: int, seed: int, device: torch.device) -> tuple[torc
         at = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed))[:n]
         u, v = at // i, at % i
         row, col, of = torch.cat([u, -u % o]), torch.cat([v, -v % i]), torch.arange(n).repeat(2)
-        half = col <= i // 2
-        return tuple(t.to(device) for t in (u, v, (row * (i // 2 + 1) + col)[half], of[half]))
+        half, place = col <= i // 2, row * (i // 2 + 1) + col
+        return tuple(t.to(device) for t in (u, v, place[half], of[half], torch.where(half[:n], place[:n], place[n:])))
 
     with ThreadPoolExecutor(1) as other:  # a thread of its own, where no vmap, inference mode or tracing is in force: the result is kept
         return other.submit(draw).result()
@@ -36,7 +41,7 @@ def drawn(o: int, i: int, n: int, seed: int, device: torch.device) -> tuple[torc
 
 @torch.compiler.assume_constant_result
 def places(*which) -> tuple[torch.Tensor, ...]:
-    """Row and column of every entry (n), as PEFT draws them; and where in half a spectrum, o rows of i // 2 + 1, which entries meet."""
+    """Row and column of every entry (n), as PEFT draws them; where in half a spectrum, o rows of i // 2 + 1, which entries meet; one such place of each."""
     return drawn(*which)
 
 
@@ -77,21 +82,35 @@ class FourierFT(Additive):
     def at(self, p):
         return places(*p["sizes"].shape[-2:], self.n_frequency, self.random_loc_seed, p["c"].device)
 
+    def thin(self, p) -> bool:
+        return pays(4 * self.n_frequency, *p["sizes"].shape[-2:])  # of rank 2 n, and twice that for making the tables
+
     def two(self, p):
         o, i = p["sizes"].shape[-2:]
-        if not pays(4 * self.n_frequency, o, i):  # of rank 2 n, and twice that for making the tables
+        if not self.thin(p):
             return None
-        u, v, _, _ = self.at(p)
+        u, v, *_ = self.at(p)
         c = p["c"] * (self.alpha / (o * i))
         a = (torch.arange(o, device=c.device)[:, None] * u % o).to(c.dtype) * (2 * math.pi / o)  # (o, n)
         b = (v[:, None] * torch.arange(i, device=c.device) % i).to(c.dtype) * (2 * math.pi / i)  # (n, i)
         return torch.cat([a.cos() * c, -a.sin() * c], 1), torch.cat([b.cos(), b.sin()])
 
     def delta(self, p, W):
-        (o, i), c = p["sizes"].shape[-2:], p["c"]
-        _, _, at, of = self.at(p)
-        F = c.new_zeros(o * (i // 2 + 1)).index_add(0, at, c[of] / 2).unflatten(0, (o, -1))
-        return torch.fft.irfft2(F, s=(o, i)) * self.alpha
+        return made(self.product(p), p["c"])
+
+    def product(self, p) -> Product:
+        return sparse_spectrum(*p["sizes"].shape[-2:], self.alpha, *self.at(p)[2:])
+
+    def act(self, p, x, f, site, drop):
+        base = f.product() if drop is same and not self.thin(p) else None
+        if base and x.dtype.itemsize >= 4 and takes(x, base[0]):  # in less the update would drown in the base
+            return merged(x, *base, self.product(p), p["c"])
+        return super().act(p, x, f, site, drop)
+
+    def update(self, p, x, f, site, drop):
+        if site.slides or site.lookup or site.stack or self.thin(p):
+            return super().update(p, x, f, site, drop)
+        return through(self.product(p), x, p["c"], drop=drop)
 
     def to_peft(self):
         return {"peft_type": "FOURIERFT", "n_frequency": self.n_frequency, "scaling": self.alpha, "random_loc_seed": self.random_loc_seed,

@@ -25,7 +25,7 @@ class Magnitude(Wrapper):
     m = Leaf("o", ones, key="lora_magnitude_vector")
 
     def __post_init__(self):
-        if "row_gain" in self.inner.laws or self.inner.replaces or "m" in self.inner.leaves or self.inner.mergeable == "no":
+        if "row_gain" in self.inner.laws or self.inner.replaces or "m" in self.inner.leaves or self.inner.mergeable != "exact":
             raise LorakitError(f"magnitude around {self.inner.name} means nothing: the norm cancels it, there is one already, or there is no weight to norm")
 
     def unfit(self, site):
@@ -46,8 +46,7 @@ class Magnitude(Wrapper):
     def act(self, p, x, f, site, drop):
         with torch.no_grad() if self.detach else nullcontext():
             norm = self.inner.row_norm(p, f)
-        y = self.inner.act(p, x, f, site, drop)
-        return site.scale(y, self.gain(p, norm).to(y.dtype), last=True)
+        return self.inner.gained(p, x, f, site, drop, self.gain(p, norm))
 
     def to_peft(self):
         inner = self.inner.to_peft()

@@ -49,9 +49,10 @@ class MiSS(LowRank):
     def update(self, p, x, f, site, drop):
         if site.lookup or site.slides or site.stack:
             return super().update(p, x, f, site, drop)
-        h = F.pad(drop(x), (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r)).sum(-2)
+        x, more = drop(x), -x.shape[-1] % self.r
+        h = (F.pad(x, (0, more)) if more else x).unflatten(-1, (-1, self.r)).sum(-2)
         y = h @ p["D"].to(h.dtype)
-        return y.repeat(*[1] * (y.dim() - 1), site.out // y.shape[-1])
+        return y.repeat(*[1] * (y.dim() - 1), site.out // y.shape[-1]) if self.mini_r else y
 
     def to_peft(self):
         return {"peft_type": "MISS", "r": self.r, "mini_r": self.mini_r or 1, "init_weights": "mini" if self.mini_r else True}

@@ -17,7 +17,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from lorakit.errors import LorakitError
-from lorakit.kernels.cayley import block_of, cayley, cayley_series, skew, turn
+from lorakit.kernels.cayley import block_of, cayley, cayley_series, series_of, skew, turn
 from lorakit.method import Leaf, Method, Params, choice, method, refuse, zeros
 
 SIDES = ("in", "out")
@@ -108,12 +108,17 @@ class OFT(Rotation):
         return f"oft does not fit: {size} coordinates in blocks of {b} leave nothing to turn; mend: a block_size that divides {size}" if b < 2 else None
 
     def turned(self, p, x, back=False):
-        Q = skew(p["R"])
+        R = self.rotation(p["R"])
+        return turn(x, R.mT if back else R)
+
+    def rotation(self, v: Tensor) -> Tensor:
+        if self.series and not self.eps:
+            return series_of(v, self.series)
+        Q = skew(v)
         if self.eps:
             bound = self.eps * len(Q) ** -0.5
             Q = Q * (bound / Q.square().sum((-2, -1), keepdim=True).clamp_min(bound**2).sqrt())
-        R = cayley_series(Q, self.series) if self.series else cayley(Q)
-        return turn(x, R.mT if back else R)
+        return cayley_series(Q, self.series) if self.series else cayley(Q)
 
     def from_file(self, shapes):
         return dataclasses.replace(self, block_size=block_of(shapes["R"][1]), r=0)

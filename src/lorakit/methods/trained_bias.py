@@ -29,6 +29,12 @@ class TrainedBias(Wrapper):
     def weight(self, p, W):
         return self.inner.weight(p, W)
 
+    def weight_at(self, p, W, site):
+        return self.inner.weight_at(p, W, site)
+
+    def unrounded(self, p, W):
+        return self.inner.unrounded(p, W)
+
     def act(self, p, x, f, site, drop):
         return self.inner.act(p, x, f, site, drop)
 

@@ -71,7 +71,7 @@ def pack(module: nn.Module, scheme: Scheme, path: str = "", keep: bool = False) 
 
 def quantize(model: nn.Module, scheme: str | Mapping[str, Any] | Scheme | Sequence[Mapping[str, Any]] = "nf4", *,
              target_modules: str | Sequence[str] = "all-linear", exclude_modules: str | Sequence[str] = (), keep: bool = False) -> nn.Module:
-    """Packs the weights of a model's layers (nf4, nf3, nf2, int8, int6, int4, int3, int2), in place; returns the same model.
+    """Packs the weights of a model's layers (nf4, nf3, nf2; int8, int7, … int2), in place; returns the same model.
 
     Before adapters: `lorakit.quantize(model, "nf4")`, then `lorakit.adapt(model, …)` is QLoRA. Weights that are tied to another are left alone.
     scheme: one for all targets, or [{scheme, layers}, …] (as `lorakit.quantized.bits.allot` gives it). keep: the weights from before stay on the

@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 checkpoints (transformers' `load_in_4bit`) as our own packed layers, to the bit and without bitsandbytes.
+"""bitsandbytes' NF4 checkpoints (transformers' `load_in_4bit`) as our own packed layers, to the bit and without bitsandbytes; `load_base` reads them so.
 
 Beside each weight `w` lie `w.absmax`, `w.quant_map` and `w.quant_state.bitsandbytes__nf4`, with double quantisation `w.nested_absmax` and
 `w.nested_quant_map`; what is no tensor is JSON, as bytes.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.stores.layer import PREFIX
@@ -58,3 +59,30 @@ def translated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[d
         out |= {f"{path}.{PREFIX}{k}": t for k, t in parts.items()}
         by.setdefault(scheme, []).append(path)
     return out, [{"scheme": s.to_dict(), "layers": paths} for s, paths in by.items()]
+
+
+def load(cls: Any, base: str, dtype: Any, options: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
+    """The model of such a checkpoint by an Auto class of transformers, in evaluation mode. LorakitError where it holds no safetensors."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, GenerationConfig
+
+    from lorakit.quantized.hub import Quantize, files_of
+
+    files, tensors = files_of(base, options["revision"]), {}
+    if not files:
+        raise LorakitError(f"{base} holds no safetensors, and only those of bitsandbytes' checkpoints are read here; mend: load it with bitsandbytes, save "
+                           "it again (model.save_pretrained)")
+    for path in sorted(set(files.values())):
+        with safe_open(path, "pt") as f:
+            tensors |= {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+    told = AutoConfig.from_pretrained(base, **options, **config)
+    tensors, packed = translated(tensors)
+    with torch.device("meta"):
+        kind = type(cls.from_config(told, trust_remote_code=options["trust_remote_code"]))
+    told.quantization_config = Quantize(packed=packed).to_dict()
+    model = kind.from_pretrained(None, config=told, state_dict=tensors, dtype=told.dtype if dtype == "auto" else dtype).eval()
+    model.config._name_or_path = base
+    if model.can_generate():
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(base, revision=options["revision"])
+    return model

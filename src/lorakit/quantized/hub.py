@@ -122,7 +122,7 @@ class OnDisk:
     def __call__(self) -> Tensor:
         from safetensors import safe_open
 
-        files = _files(self.base, self.revision)
+        files = files_of(self.base, self.revision)
         try:
             name = weight_in(self.path, files)
         except LorakitError as e:
@@ -132,7 +132,7 @@ class OnDisk:
             return f.get_tensor(name)
 
 
-def _files(base: str, revision: str | None) -> dict[str, str]:
+def files_of(base: str, revision: str | None) -> dict[str, str]:
     """Tensor -> the file that holds it."""
     from safetensors import safe_open
 

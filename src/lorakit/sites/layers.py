@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.stores import store_for
 from lorakit.stores.dense import held
+from lorakit.stores.saved import made
 
 
 class Site:
@@ -52,6 +53,14 @@ class Site:
 
     def unview(self, M: Tensor) -> Tensor:  # (o, i) -> raw
         return M.mT if self.transposed else M
+
+    def rounded(self, M: Tensor) -> Tensor:
+        """A matrix (o, i) as the store would keep it."""
+        return self.view(self.store.rounded(self.unview(M)))
+
+    def anew(self, make: Callable[[], Tensor]) -> Tensor:
+        """make(), a matrix without gradients that is made again for the backward pass and not kept for it where the weight is not kept either."""
+        return made(make)
 
     def op(self, x: Tensor, M: Tensor, bias: Tensor | None = None) -> Tensor:
         """Act with a dense matrix M (o, i)."""

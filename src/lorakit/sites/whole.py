@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from lorakit.errors import LorakitError
 from lorakit.sites.layers import Site
 from lorakit.stores import store_for
 
+BY_MASK = ("OPTDecoder", "BloomModel")  # classes that count the tokens of the attention mask where they are told no positions
+BY_DISTANCE = ("T5Attention", "MT5Attention", "UMT5Attention")  # classes that see how far apart tokens are, and nothing else
+OWN_PLACES = ("create_position_ids_from_inputs_embeds", "get_rope_index")  # of models whose positions are more than a count from zero
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -98,6 +102,23 @@ class ModelSite(WholeSite):
     def pools_last(self) -> bool:
         """Whether it classifies by the last token that is not padding."""
         return self.called.endswith("ForSequenceClassification") and hasattr(self.module, "score") and not self.pairs
+
+    @cached_property
+    def onward(self) -> bool:
+        """Whether its input is read from left to right, so that what is new comes last."""
+        makes = getattr(self.module, "can_generate", lambda: False)
+        return not self.pairs and (self.pools_last or makes() or any(getattr(m, "is_causal", False) for m in self.module.modules()))
+
+    @cached_property
+    def positions(self) -> str:
+        """How it, or its decoder, knows where a token stands: "told" by position_ids, by the "mask", by the "distance" to others, or by "itself"."""
+        modules = list(self.module.modules())
+        names = {c.__name__ for m in modules for c in type(m).__mro__}
+        if not names.isdisjoint(BY_MASK):
+            return "mask"
+        if self.pairs:
+            return "itself" if names.isdisjoint(BY_DISTANCE) else "distance"
+        return "told" if "position_ids" in self.names and not any(hasattr(m, n) for m in modules for n in OWN_PLACES) else "itself"
 
     @property
     def text(self) -> Any:

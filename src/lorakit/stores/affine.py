@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 
 from lorakit.errors import LorakitError
-from lorakit.kernels.codes import WORDS, look_up, pack, packed_bytes
+from lorakit.kernels.codes import PLANES, WORDS, look_up, pack, packed_bytes
 from lorakit.stores.scheme import Scheme, checked, scheme
 
 
-@scheme("affine", int8={"bits": 8, "group": 0, "symmetric": True}, int6={"bits": 6}, int4={"bits": 4}, int3={"bits": 3, "group": 32},
-        int2={"bits": 2, "group": 16})
+@scheme("affine", int8={"bits": 8, "group": 0, "symmetric": True}, int7={"bits": 7}, int6={"bits": 6}, int5={"bits": 5},
+        int4={"bits": 4}, int3={"bits": 3, "group": 32}, int2={"bits": 2, "group": 16})
 class Affine(Scheme):
     """b-bit whole numbers by groups of a row; group 0: the whole row."""
 
@@ -75,6 +75,8 @@ class Affine(Scheme):
 
     def numbers(self, parts, start, stop, shape, dtype):
         shift = 1 << self.bits - 1 if self.symmetric else 0
+        if "scale" not in parts:  # by_rows
+            return parts["codes"][start:stop].sub(shift).view(torch.int8).to(dtype)
         if self.bits == 8:  # a code is a byte, so converting it is faster than looking it up
             flat = parts["codes"][start:stop].float().sub_(shift)
         else:
@@ -89,6 +91,14 @@ class Affine(Scheme):
             flat = flat.sub_(zero[span, None])
         return flat.mul_(scale[span, None]).view(-1).to(dtype)
 
+    def by_rows(self, parts, dtype):
+        if "scale" not in parts or self.group or not self.symmetric or self.bits != 8 or dtype not in (torch.float32, torch.bfloat16):
+            return None
+        return parts["scale"].view(-1), {"codes": parts["codes"]}
+
+    def direct(self, parts, dtype):
+        return "scale" not in parts
+
     def shifted(self, parts, delta, shape, slack):
         if self.symmetric:
             return super().shifted(parts, delta, shape, slack)
@@ -101,7 +111,7 @@ class Affine(Scheme):
 
     def rows(self, parts, at, shape, dtype):
         n, m = shape
-        if self.bits in (3, 6) or m * self.bits % 64:
+        if len(PLANES[WORDS[self.bits][1]]) > 1 or m * self.bits % 64:
             return None
         some = {k: v.view(n, -1)[at] for k, v in parts.items()}
         return self.numbers(some | {"codes": some["codes"].view(-1)}, 0, len(at) * m, (len(at), m), dtype).view(-1, m)

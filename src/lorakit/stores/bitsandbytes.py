@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
-from lorakit.kernels.codes import look_up
+from lorakit.kernels.decode import blocks
 from lorakit.stores.guest import Guest, comes_from
 from lorakit.stores.normal_float import NESTED, NormalFloat
 from lorakit.stores.product import Product
@@ -79,9 +79,8 @@ class FourBits(Guest):
         n, m = self.shape
         if self.normal:
             return scheme.matrix(parts, n, m, dtype)
-        flat = look_up(parts["codes"], tuple(self.state.code.tolist()), 4, 0, n * m, torch.float32)
         c = scheme.constants(parts, 0, -(-n * m // scheme.block))
-        return (flat * c.repeat_interleave(scheme.block)[: n * m]).view(n, m).to(dtype)
+        return blocks(parts["codes"], tuple(self.state.code.tolist()), 4, c, scheme.block, 0, n * m, dtype).view(n, m)
 
     def linear(self, site, x, bias):
         if not self.normal:

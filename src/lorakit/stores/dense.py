@@ -24,6 +24,7 @@ class Store(ABC):
     eps: float = 0.0  # relative error of one write() followed by read()
     writable: bool = True
     packs: ClassVar[bool] = False  # read() makes the weight anew each time
+    idempotent: ClassVar[bool] = False  # rounded() looks at nothing but its input, and changes no code of what it made
     plain: type[nn.Module] | None = None  # the layer's class once it is thawed; None: the weight is an ordinary parameter
 
     def __init__(self, module: nn.Module):
@@ -49,6 +50,11 @@ class Store(ABC):
     @abstractmethod
     def linear(self, site, x: Tensor, bias: Tensor | None) -> Tensor:  # the layer's own product
         ...
+
+    @property
+    def operand(self) -> Tensor | None:
+        """What `linear` acts with, raw, where it is there as an ordinary tensor and need not be made."""
+        return None
 
     def thaw(self, W: Tensor) -> None:
         """Puts an ordinary parameter in the place of a quantised weight; who calls it gives the layer the class `plain`."""
@@ -131,5 +137,9 @@ class Dense(Store):
     def tensors(self, kept):
         return {self.name: kept}
 
+    @property
+    def operand(self):
+        return getattr(self.module, self.name)
+
     def linear(self, site, x, bias):
-        return site.op(x, site.view(getattr(self.module, self.name)), bias)
+        return site.op(x, site.view(self.operand), bias)

@@ -35,7 +35,9 @@ class PackedLayer(nn.Module):
     compute: torch.dtype  # what the numbers are made as
 
     def forward(self, x):
-        return leanly(self.site.store.linear)(self.site, x, self.site.bias)
+        site = self.site
+        call = leanly(site.store.linear) if site.slides else site.store.linear  # a matrix product keeps nothing of the weight itself
+        return call(site, x, site.bias)
 
     @property
     def weight(self) -> Tensor:

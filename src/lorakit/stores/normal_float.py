@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.kernels import decode
 from lorakit.kernels.codes import look_up, pack, packed_bytes
 from lorakit.stores.scheme import Parts, Scheme, checked, scheme
 
@@ -118,11 +119,13 @@ class NormalFloat(Scheme):
 
     def constants(self, parts: Parts, a: int, b: int) -> Tensor:
         """c_a … c_(b-1), float32."""
-        if not self.double_quant:
+        if parts["absmax"].dtype == torch.float32:
             return parts["absmax"][a:b]
-        first, last = a // NESTED, -(-b // NESTED)
-        nested = parts["nested_absmax"][first:last].repeat_interleave(NESTED)[a - first * NESTED : b - first * NESTED]
-        return look_up(parts["absmax"], DYNAMIC, 8, a, b, torch.float32) * nested + parts["offset"]  # rounded twice, as in bitsandbytes: no addcmul
+        c = look_up(parts["absmax"], DYNAMIC, 8, a, b, torch.float32)
+        nested = parts["nested_absmax"][a // NESTED : -(-b // NESTED)]
+        if a % NESTED or b % NESTED:
+            return c * nested.repeat_interleave(NESTED)[a % NESTED :][: b - a] + parts["offset"]  # rounded twice, as in bitsandbytes: no addcmul
+        return c.view(-1, NESTED).mul_(nested[:, None]).add_(parts["offset"]).view(-1)
 
     def rows(self, parts, at, shape, dtype):
         n, m = shape
@@ -136,8 +139,11 @@ class NormalFloat(Scheme):
         return flat.view(-1, self.block).mul_(c[:, None]).view(-1, m).to(dtype)
 
     def numbers(self, parts, start, stop, shape, dtype):
-        flat = look_up(parts["codes"], CODES[self.bits], self.bits, start, stop, torch.float32)
         c = self.constants(parts, start // self.block, -(-stop // self.block))
-        if (stop - start) % self.block:
-            return (flat * c.repeat_interleave(self.block)[: stop - start]).to(dtype)
-        return flat.view(-1, self.block).mul_(c[:, None]).view(-1).to(dtype)
+        return decode.blocks(parts["codes"], CODES[self.bits], self.bits, c, self.block, start, stop, dtype)
+
+    def opened(self, parts):
+        return {"codes": parts["codes"], "absmax": self.constants(parts, 0, len(parts["absmax"]))}
+
+    def direct(self, parts, dtype):
+        return decode.operator(parts["codes"], CODES[self.bits], self.bits, self.block, self.block, dtype) is not None

@@ -20,6 +20,7 @@ class Packed(Store):
 
     title, formula = "packed weight", "scheme(parts)"
     packs = True
+    idempotent = True
 
     def __init__(self, module: PackedLayer):
         super().__init__(module)

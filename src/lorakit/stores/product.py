@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lorakit.stores.scheme import Parts, Scheme
 
@@ -29,32 +30,40 @@ class Product(torch.autograd.Function):
         return gx, gb, *[None] * 7
 
 
-def _pieces(scheme: Scheme, shape: tuple[int, int], parts: Parts) -> list[tuple[int, int]] | None:
-    """(first row, last row + 1) of pieces that are whole rows and whole blocks; None where there are no such, or one is all."""
+def _pieces(scheme: Scheme, shape: tuple[int, int], parts: Parts, dtype: torch.dtype) -> list[tuple[int, int]] | None:
+    """(first row, last row + 1) of pieces that are whole rows and whole blocks; None where there are no such."""
     n, m = shape
-    rows = scheme.chunk(m, parts) // m
+    rows = scheme.chunk(m, parts, dtype) // m
+    if rows >= n:
+        return [(0, n)]
     while rows and rows * m % scheme.step:
         rows -= 1
-    return [(a, min(a + rows, n)) for a in range(0, n, rows)] if rows and rows < n else None
+    return [(a, min(a + rows, n)) for a in range(0, n, rows)] if rows else None
 
 
 def times(x: Tensor, bias: Tensor | None, scheme: Scheme, shape: tuple[int, int], parts: Parts) -> Tensor:
     """x Mᵀ + b, (…, m) -> (…, n)."""
-    pieces = _pieces(scheme, shape, parts)
+    if (split := scheme.by_rows(parts, x.dtype)) is not None:
+        scale, parts = split
+        y = times(x, None, scheme, shape, parts).float().mul_(scale)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+    pieces = _pieces(scheme, shape, parts, x.dtype)
     if pieces is None:
-        return torch.nn.functional.linear(x, scheme.matrix(parts, *shape, x.dtype), bias)
-    m = shape[1]
-    some = [torch.nn.functional.linear(x, scheme.numbers(parts, a * m, b * m, shape, x.dtype).view(-1, m), None if bias is None else bias[a:b])
-            for a, b in pieces]
-    return torch.cat(some, -1)
+        return linear(x, scheme.matrix(parts, *shape, x.dtype), bias)
+    m, parts = shape[1], scheme.opened(parts)
+    some = [linear(x, scheme.numbers(parts, a * m, b * m, shape, x.dtype).view(-1, m), None if bias is None else bias[a:b]) for a, b in pieces]
+    return torch.cat(some, -1) if len(some) > 1 else some[0]
 
 
 def back(g: Tensor, scheme: Scheme, shape: tuple[int, int], parts: Parts) -> Tensor:
     """g M, (…, n) -> (…, m)."""
-    pieces = _pieces(scheme, shape, parts)
+    if (split := scheme.by_rows(parts, g.dtype)) is not None:
+        scale, parts = split
+        return back((g.float() * scale).to(g.dtype), scheme, shape, parts)
+    pieces = _pieces(scheme, shape, parts, g.dtype)
     if pieces is None:
         return g @ scheme.matrix(parts, *shape, g.dtype)
-    m = shape[1]
+    m, parts = shape[1], scheme.opened(parts)
     flat = g.reshape(-1, shape[0])
     gx = None
     for a, b in pieces:

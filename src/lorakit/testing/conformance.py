@@ -98,7 +98,10 @@ LAYERS: dict[str, Build] = {
 TARGET = {"attention-in": "layer.attn.in_proj_weight", "attention-out": "layer.attn.out_proj", "experts": "layer.w",
           "experts-transposed": "layer.w", "vector": "layer.weight"}  # parameters that are read, not called
 DTYPES = {"float32": (torch.float32, 2e-5), "float64": (torch.float64, 1e-10), "bfloat16": (torch.bfloat16, 6e-2)}
-EXCEPTIONS: dict[tuple[str, str], str] = {}  # (label of the method, check) -> why it cannot hold; the test runner wants it to fail
+_NO_SLOPE = "around LoRA's own start one factor is zero, so that the other has no gradient there; with a start that sets both, both have"
+EXCEPTIONS: dict[tuple[str, str], str] = {  # (label of the method, check) -> why it cannot hold; the test runner wants it to fail
+    ("l-lora(lora)", "gradients"): _NO_SLOPE, ("l-lora(lora2)", "gradients"): _NO_SLOPE,
+}
 
 
 def off_default(cls: type[Method], inner: Method | None = None) -> Method:
@@ -200,6 +203,11 @@ class Case:
         return self.method.unfit(self.site) is None
 
     @property
+    def remade(self) -> float:
+        """How far a start may be from the base where that is rounded anew: constants that are quantised themselves are others then."""
+        return 5e-3 if self.method.mergeable == "rounded" else 0.0
+
+    @property
     def matrix(self) -> bool:
         """Whether the adapted layer is a matrix again; else the checks that speak of one mean nothing."""
         return self.method.mergeable != "no"
@@ -220,7 +228,7 @@ class Case:
             spec = self.spec(seed=n, **kw)
             attach(model, name, spec, spec.plan(model))
             if noisy:
-                noise(model, name, n + 1)
+                noise(model, name, n + 1, 1.0 if self.method.mergeable == "rounded" else 0.2)  # what is rounded away shows nothing
         return model, x
 
 
@@ -287,9 +295,10 @@ def check_identity_at_init(c: Case) -> None:
     model, x = c.make(noisy=False)
     want, _ = c.base()
     if "identity" in c.method.core.laws:
-        assert rel(model(x), want(x)) < max(c.tol, 1e-6), "an adapter at its start changes the output"
+        tol = max(c.tol, 1e-6, c.remade)
+        assert rel(model(x), want(x)) < tol, "an adapter at its start changes the output"
         wet, _ = c.make(noisy=False, dropout=0.5)
-        assert rel(wet.train()(x), want(x)) < max(c.tol, 1e-6), "dropout reaches the base, or is not the same wherever an update is subtracted"
+        assert rel(wet.train()(x), want(x)) < tol, "dropout reaches the base, or is not the same wherever an update is subtracted"
     assert exactly(c, base_out(model, x), want(x)), "a disabled adapter changes the output"
 
 
@@ -415,7 +424,7 @@ def check_starts_keep_the_function(c: Case) -> None:
                 assert any(t in str(e) for t in ("do not fit", "means nothing", "must be even", "must be at most")), e  # says why it cannot
                 continue
             W0, W = weight_of(want, c), weight_of(model, c)  # a base that gave up a start was rounded once, at its new size
-            tol = max(c.tol, 1e-5) + 4 * torch.finfo(W.dtype).eps * float((W - W0).detach().norm() / W0.detach().norm())
+            tol = max(c.tol, 1e-5, c.remade) + 4 * torch.finfo(W.dtype).eps * float((W - W0).detach().norm() / W0.detach().norm())
             assert rel(model(x), want(x)) < tol, f"init {name} ({storage}) changes the function"
             assert rel(base_out(model, x), want(x)) < tol, f"init {name} ({storage}) changes the base"
             if storage == "offset":

@@ -19,7 +19,7 @@ from lorakit.spec import Spec
 
 Names = list[str] | str | None
 ABSENT = {"rank_dropout": 0.0, "module_dropout": 0.0, "boft_dropout": 0.0, "rank_dropout_scale": False, "save_only_topk_weights": False, "bias": "none",
-          "use_effective_conv2d": False, "init_ia3_weights": True, "coft": False}
+          "init_ia3_weights": True, "coft": False}
 _OTHER: dict[str, dict[str, Names]] = {  # what PEFT adapts by default where that is not what it adapts for LoRA
     "FOURIERFT": {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}, "VERA": {"phi": ["q_proj", "v_proj"]},
     "IA3": {"t5": ["k", "v", "wo"], "gpt2": ["c_attn", "mlp.c_proj"], "opt": ["q_proj", "k_proj", "fc2"], "bart": ["q_proj", "v_proj", "fc2"],
