@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -34,7 +35,8 @@ from lorakit.formats.receipt import fingerprint
 from lorakit.hooks import LoRAPlus
 from lorakit.training import AdapterTrainer
 
-METHODS = {"lora": ("lora", {"r": 3}), "dora": ("dora", {"r": 3}), "saved": ("lora", {"r": 1, "modules_to_save": ["lm_head"]}), "full": ("full", {})}
+METHODS = {"lora": ("lora", {"r": 3}), "dora": ("dora", {"r": 3}), "saved": ("lora", {"r": 1, "modules_to_save": ["lm_head"]}), "full": ("full", {}),
+           "prompt": ("prompt-tuning", {"num_virtual_tokens": 3}), "prefix": ("lora", {"r": 2, "prompt": {"method": "prefix-tuning", "num_virtual_tokens": 3}})}
 SHARED = {"vblora": ("vb-lora", {"vector_length": 8, "num_vectors": 6}), "lotr": ("lotr", {"r": 3}), "tied": ("tied-lora", {"r": 3})}  # one leaf, many layers
 SOME, MORE = range(3), range(3, 6)  # steps before the save and after it
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo in this torch")
@@ -81,6 +83,10 @@ def shard(model: nn.Module, *more: nn.Module) -> nn.Module:
     for m in [*more, *model.model.layers, model]:
         fully_shard(m)
     return model
+
+
+def sharded(method: str, model: nn.Module) -> nn.Module:
+    return fully_shard(model) if method in SHARED else shard(model)  # torch keeps a tensor that several layers share in one group
 
 
 def batch(k: int, whole: bool) -> Tensor:
@@ -168,6 +174,47 @@ def test_ddp_trains_saves_and_goes_on(tmp_path):
         assert gap(one[method], leaves(model)) <= 1e-6, "resumed in one process"
 
 
+def three() -> nn.Module:
+    """Two adapters of a method whose tensors many layers share, and a bank beside a prompt."""
+    model = tiny.llama()
+    for seed, (name, method, more) in enumerate((("a", "tied", {}), ("b", "tied", {}), ("c", "vblora", {"prompt": "prompt-tuning"}))):
+        lorakit.adapt(model, SHARED[method][0], name=name, seed=seed, **SHARED[method][1], **more)
+    return model
+
+
+def train_rows(model: nn.Module, steps: range, inner: nn.Module, share: slice) -> None:
+    """One row for each adapter in each process."""
+    optimizer = adamw(model)
+    for k in steps:
+        x = torch.randint(4, tiny.VOCAB, (6, 6), generator=torch.Generator().manual_seed(k))[share]
+        with lorakit.rows(inner, ["a", "b", "c"] * (len(x) // 3)):
+            model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _ddp_rows(folder: Path) -> tuple:
+    model, rank = DistributedDataParallel(three()), dist.get_rank()
+    train_rows(model, SOME, model.module, slice(3 * rank, 3 * rank + 3))
+    for name in "abc":
+        lorakit.save(model.module, folder / name, name)
+    lorakit.activate(model.module, "a", "b")
+    y, again = logits(model.module), copy.deepcopy(model.module)
+    gaps = float((logits(again) - y).abs().max()), float((logits(lorakit.merged(model.module)) - y).abs().max())
+    return leaves(model), gaps
+
+
+def test_rows_of_adapters_with_shared_tensors_and_prompts_train_as_in_one_process(tmp_path):
+    (one, gaps), (other, _) = together(_ddp_rows, tmp_path)
+    model, back = three(), tiny.llama()
+    begun = leaves(model)
+    train_rows(model, SOME, model, slice(None))
+    for name in "abc":
+        lorakit.load(back, tmp_path / name, name=name, trainable=True)
+    assert gap(one, other) == 0.0 and gap(one, leaves(model)) <= 1e-6 and gap(one, leaves(back)) == 0.0
+    assert all(float((one[n] - t).abs().max()) > 1e-4 for n, t in begun.items()) and max(gaps) <= 1e-5
+
+
 def _wrapped(folder: Path) -> dict:
     path, out = folder / f"a-{dist.get_rank()}", {}
     model = DistributedDataParallel(shake(adapted("lora")))
@@ -208,8 +255,8 @@ def test_every_process_may_save_to_the_same_place(tmp_path):
 
 def _fsdp(folder: Path) -> dict:
     out = {}
-    for method in METHODS:
-        model = shard(adapted(method))
+    for method in METHODS | SHARED:
+        model = sharded(method, adapted(method))
         optimizer = adamw(model)
         train(model, optimizer, SOME)
         lorakit.save(model, folder / method)
@@ -224,8 +271,8 @@ def _fsdp(folder: Path) -> dict:
 
 def _fsdp_again(folder: Path) -> dict:
     out = {}
-    for method in METHODS:
-        model = shard(lorakit.load(tiny.llama(), folder / method, trainable=True))
+    for method in METHODS | SHARED:
+        model = sharded(method, lorakit.load(tiny.llama(), folder / method, trainable=True))
         optimizer = adamw(model)
         set_optimizer_state_dict(model, optimizer, torch.load(folder / f"{method}.pt"), options=StateDictOptions(full_state_dict=True))
         train(model, optimizer, MORE)
@@ -236,7 +283,7 @@ def _fsdp_again(folder: Path) -> dict:
 def test_fsdp_trains_saves_and_goes_on(tmp_path):
     one, other = together(_fsdp, tmp_path)
     resumed, _ = together(_fsdp_again, tmp_path)
-    for method in METHODS:
+    for method in METHODS | SHARED:
         assert gap(one[method], other[method]) == 0.0 and gap(one[method], alone(method)) <= 1e-5
         assert gap(one[method], resumed[method]) == 0.0, "resumed"
         written, there = load_file(tmp_path / method / "adapter_model.safetensors"), lorakit.load(tiny.llama(), tmp_path / method, trainable=True, probe=True)

@@ -13,8 +13,8 @@ import dataclasses
 
 import torch
 
-from lorakit.method import Around, Leaf, choice, method, normal, zeros
-from lorakit.prompts import check
+from lorakit.method import Around, Leaf, Part, choice, method, normal, zeros
+from lorakit.prompts import Columns, check
 
 
 def rotated(q, cos, sin):
@@ -23,9 +23,31 @@ def rotated(q, cos, sin):
     return q * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
+def beside(parts, index, inner, call, site):
+    """The attention's answer with the second attention of every row's adapter; the projections see the rows of the whole batch."""
+    y, *rest = inner(call)
+    m, x = site.module, call.given["hidden_states"]
+    b, t, dh = *x.shape[:2], m.head_dim
+    cols = Columns([p["P"][0] for _, _, p in parts], index).over(b)
+    n = 1 if cols.index is None else b
+    q = rotated(m.q_proj(x).view(b, t, -1, dh).transpose(1, 2), *call.given["position_embeddings"])
+    P = cols.of(n).to(x.dtype)
+    k, v = (f(P).view(n, cols.n, -1, dh).transpose(1, 2) for f in (m.k_proj, m.v_proj))  # (n, kv heads, K, dh)
+    k, v = (s.repeat_interleave(q.shape[1] // s.shape[1], 1) for s in (k, v))
+    scores = q @ k.mT * dh**-0.5
+    if not cols.even:
+        scores = scores.masked_fill(~cols.ahead(b, x.device)[:, None, None], torch.finfo(scores.dtype).min)
+    g = cols.of(n, [part.method.gates(part.p, q.shape[1]) for part in parts])[..., None]  # (n, heads, 1, 1)
+    more = m.o_proj(((g * scores.softmax(-1, torch.float32)).to(x.dtype) @ v).transpose(1, 2).reshape(b, t, -1))
+    more = more if getattr(m.o_proj, "bias", None) is None else more - m.o_proj.bias  # the attention has added it
+    more = more if cols.even else torch.where(cols.counts[:, None, None].to(x.device) > 0, more, 0)
+    return y + more.to(y.dtype), *rest
+
+
 @method("adaption-prompt", title="Adaption prompt", paper="2303.16199", formula="y + g softmax(q (P Wkᵀ)ᵀ) (P Wvᵀ) Woᵀ", laws=("identity",))
 class AdaptionPrompt(Around):
     around_a = "attention"
+    mixed = staticmethod(beside)
 
     adapter_len: int = 10  # K, learnt tokens in each layer
     gate: str = choice("scalar", ("scalar", "heads"))  # one number, as in PEFT; or one with a tanh for each head, as the authors
@@ -57,18 +79,10 @@ class AdaptionPrompt(Around):
         return None
 
     def around(self, p, inner, call, site):
-        y, *rest = inner(call)
-        m, x = site.module, call.given["hidden_states"]
-        b, t, dh = *x.shape[:2], m.head_dim
-        q = rotated(m.q_proj(x).view(b, t, -1, dh).transpose(1, 2), *call.given["position_embeddings"])
-        P = p["P"].to(x.dtype)
-        k, v = (f(P).view(1, self.adapter_len, -1, dh).transpose(1, 2) for f in (m.k_proj, m.v_proj))  # (1, kv heads, K, dh)
-        k, v = (s.repeat_interleave(q.shape[1] // s.shape[1], 1) for s in (k, v))
-        g = p["g"] if self.gate == "scalar" else p["g"].tanh()
-        scores = g * (q @ k.mT * dh**-0.5).softmax(-1, torch.float32)
-        more = m.o_proj((scores.to(x.dtype) @ v).transpose(1, 2).reshape(b, t, -1))
-        more = more if getattr(m.o_proj, "bias", None) is None else more - m.o_proj.bias  # the attention has added it
-        return y + more.to(y.dtype), *rest
+        return beside([Part("", self, p)], None, inner, call, site)
+
+    def gates(self, p, heads):  # (heads, 1)
+        return (p["g"] if self.gate == "scalar" else p["g"].tanh()).view(-1, 1).expand(heads, 1)
 
     def size(self, p):
         return p["P"].norm() * p["g"].norm()

@@ -12,20 +12,20 @@ tokens; without one all of them are labels.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 
 from lorakit.errors import LorakitError
 from lorakit.method import Leaf, choice, method, zeros
 from lorakit.methods.prompt import Prompt, begin
-from lorakit.prompts import Prompted, lengthen, shorten
+from lorakit.prompts import Prompted
 
 
 @method("cpt", title="Context-aware prompt tuning", paper="2410.17222", formula="model([E(context) + D; E(x)])", aliases=("context-aware-prompt-tuning",))
 class CPT(Prompted):
+    keeps = ("input_type_mask",)
+
     token_ids: tuple = (0,)  # ids of the context
     types: tuple = ()  # what each of them is; all are templates where nothing is said
     eps: float = 0.1  # how far inputs may move
@@ -76,32 +76,20 @@ class CPT(Prompted):
             return p["E"] + torch.where(free, D, D.detach())
         return p["E"] + self.short(D)
 
-    def around(self, p, inner, call, site):
-        given = dict(call.given)
-        kinds, labels = given.pop("input_type_mask", None), given.pop("labels", None)
-        longer, n, t = lengthen(dataclasses.replace(call, given=given), self.prompt(p, site), site)
-        out = inner(longer)
-        if labels is None:
-            return shorten(out, n, t) if call.first else out
+    def told(self, labels, mine):
+        """Those that are not labels are -100; with "decay" those of one number are one label, the k-th from the end."""
+        kinds = mine.get("input_type_mask")
         kinds = torch.full_like(labels, 4) if kinds is None else kinds.to(labels)
-        mine = self.kinds(labels.device).expand(len(labels), n)
-        kinds = torch.cat([mine, torch.where(kinds > 0, kinds + 4 * math.ceil(max(self.types or (1,)) / 4), kinds)], 1)
-        labels = torch.cat([torch.tensor(self.token_ids, device=labels.device).expand(len(labels), n), labels], 1)
-        out["loss"] = self.loss(out["logits"], labels, kinds)
-        return shorten(out, n, t)
-
-    def loss(self, logits, labels, kinds):
-        """Over the labels alone, (b, n + t); those of one number are one label."""
-        labels, kinds = labels[:, 1:], kinds[:, 1:]
-        told = (kinds > 0) & (kinds % 4 == 0)
-        weight = torch.ones(labels.shape, device=logits.device)
+        b, n = len(labels), len(self.token_ids)
+        kinds = torch.cat([self.kinds(labels.device).expand(b, n), torch.where(kinds > 0, kinds + 4 * math.ceil(max(self.types or (1,)) / 4), kinds)], 1)
+        labels = torch.cat([torch.tensor(self.token_ids, device=labels.device).expand(b, n), labels], 1)
+        some = (kinds > 0) & (kinds % 4 == 0)
+        weight = torch.ones(labels.shape, device=labels.device)
         if self.weighted == "decay":
-            for row in range(len(kinds)):
-                for k, number in enumerate(kinds[row][told[row]].unique().flip(0)):
+            for row in range(b):
+                for k, number in enumerate(kinds[row][some[row]].unique().flip(0)):
                     weight[row][kinds[row] == number] = self.decay**k
-        labels = labels.where(told, torch.full_like(labels, -100))
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
-        return (loss * weight)[labels != -100].mean()
+        return labels.where(some, -100), weight
 
     def size(self, p):
         return (p["E"] + self.short(p["D"])).norm()

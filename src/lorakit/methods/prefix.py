@@ -15,8 +15,8 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from lorakit.method import Around, Leaf, choice, method, normal, zeros
-from lorakit.prompts import check, linear, prefilled
+from lorakit.method import Leaf, choice, method, normal, zeros
+from lorakit.prompts import Prompted, check, linear
 
 
 def last(start):
@@ -25,7 +25,7 @@ def last(start):
 
 
 @method("prefix", title="Prefix tuning", paper="2101.00190", formula="softmax(q [P_k; K]ᵀ) [P_v; V] in every layer")
-class Prefix(Around):
+class Prefix(Prompted):
     inmost = True
 
     num_virtual_tokens: int = 20  # n, learnt pairs of key and value in each layer
@@ -76,10 +76,10 @@ class Prefix(Around):
             return p["P"]
         return F.linear(torch.tanh(F.linear(p["E"], p["W1"], p["b1"])), p["W2"], p["b2"])
 
-    def around(self, p, inner, call, site):
+    def states(self, p, site):
         P = self.prefix(p).unflatten(1, (self.depth, 2, self.heads, self.head_dim))
         P = P[:, [2 * layer % self.depth for layer in range(self.depth)]] if self.crossed else P
-        return prefilled(inner, call, P.permute(1, 2, 3, 0, 4), site)
+        return P.permute(1, 2, 3, 0, 4)
 
     def size(self, p):
         return self.prefix(p).norm()

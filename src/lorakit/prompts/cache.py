@@ -6,23 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.prompts.columns import Columns
 from lorakit.prompts.front import masked, shifted, width
 
 
-def prefilled(inner: Callable[[Any], Any], call: Any, states: Tensor, site: Any) -> Any:
-    """inner's answer with the states in front of every layer's keys and values."""
+def prefilled(inner: Callable[[Any], Any], call: Any, cols: Columns, site: Any) -> Any:
+    """inner's answer with the columns, states (layers, 2, heads, n, head_dim), in front of every layer's keys and values."""
     if site.pairs:
-        return paired(inner, call, states, site)
+        return paired(inner, call, cols, site)
     if site.cached is site.module:
-        out = inner(prefill(call, states, site))
+        out = inner(prefill(call, cols, site))
         mine = call.given.get("past_key_values") is None and call.given.get("use_cache") is False and hasattr(out, "keys")
         return type(out)(**{k: v for k, v in out.items() if k != "past_key_values"}) if mine else out  # nobody asked for a cache
 
     def body(module, args, kwargs):
-        return (), prefill(type(call)(dict(zip(("input_ids",), args, strict=False)) | kwargs), states, site).given
+        return (), prefill(type(call)(dict(zip(("input_ids",), args, strict=False)) | kwargs), cols, site).given
 
     hook = site.cached.register_forward_pre_hook(body, with_kwargs=True)
     try:
@@ -31,23 +31,26 @@ def prefilled(inner: Callable[[Any], Any], call: Any, states: Tensor, site: Any)
         hook.remove()
 
 
-def paired(inner: Callable[[Any], Any], call: Any, states: Tensor, site: Any) -> Any:
+def paired(inner: Callable[[Any], Any], call: Any, cols: Columns, site: Any) -> Any:
     """inner's answer with the states in front of the keys and values of a decoder's own attention, behind an encoder."""
     given = call.given
     if call.generates:  # it calls the model, and that is where the cache is
         return inner(call)
     x = next(t for k in ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds") if (t := given.get(k)) is not None)
-    b, n, mask = len(x), states.shape[-2], given.get("decoder_attention_mask")
-    more = {} if mask is None else {"decoder_attention_mask": torch.cat([mask.new_ones(b, n), mask], 1)}
+    (b, t), cache, name = x.shape[:2], given.get("past_key_values"), "decoder_attention_mask"
+    cols = cols.over(b)
+    if not cols.even and given.get(name) is None:
+        past = 0 if call.first else cache.get_seq_length() - cols.n
+        call = call.having(**{name: torch.ones(b, past + t, dtype=torch.long, device=x.device)})
+    more = masked(call.given, cols, b, name)
     if not call.first:
         return inner(call.having(**more))
     refuse(site)
-    cache = given.get("past_key_values")
     if cache is None:
         from transformers import DynamicCache, EncoderDecoderCache
 
         cache = EncoderDecoderCache(DynamicCache(config=site.text), DynamicCache(config=site.text))
-    fill(cache.self_attention_cache, b, states, site)
+    fill(cache.self_attention_cache, b, cols, site)
     return inner(call.having(**more, past_key_values=cache))
 
 
@@ -56,17 +59,18 @@ def refuse(site: Any) -> None:
         raise LorakitError("prefix tuning lives in the cache, which gradient checkpointing empties; mend: gradient_checkpointing: false, or prompt-tuning")
 
 
-def fill(cache: Any, b: int, states: Tensor, site: Any) -> None:
-    """The same states for every row."""
-    for layer, (k, v) in enumerate(states.to(site.dtype)):
-        cache.update(k.expand(b, *k.shape), v.expand(b, *v.shape), layer)
+def fill(cache: Any, b: int, cols: Columns, site: Any) -> None:
+    """The states of every row."""
+    parts = [p.to(site.dtype) for p in cols.parts]
+    for layer in range(len(parts[0])):
+        cache.update(*(cols.of(b, [p[layer, j] for p in parts]) for j in range(2)), layer)
 
 
-def prefill(call: Any, states: Tensor, site: Any) -> Any:
-    """The call with the states (layers, 2, heads, n, head_dim) in its cache, and mask and positions that know of them."""
+def prefill(call: Any, cols: Columns, site: Any) -> Any:
+    """The call with the states in its cache, and mask and positions that know of them."""
     b, _ = width(call, site)
-    n = states.shape[-2]
-    more: dict[str, Any] = masked(call.given, b, n) | shifted(call.given, n)
+    cols = cols.over(b)
+    more: dict[str, Any] = masked(call.given, cols, b) | shifted(call.given, cols)
     if not call.first:
         return call.having(**more)
     refuse(site)
@@ -75,5 +79,5 @@ def prefill(call: Any, states: Tensor, site: Any) -> Any:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=site.text)
-    fill(cache, b, states, site)
+    fill(cache, b, cols, site)
     return call.having(**more, past_key_values=cache)

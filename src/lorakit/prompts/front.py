@@ -4,35 +4,25 @@ The model sees n tokens more: embeddings, attention mask, positions and labels (
 tokens that came in, so that logits keep their length and the loss is that of the longer sequence (the last learnt token predicts the
 first real one, where that has a label). With a cache the prompt goes in once; afterwards only mask and positions know of it. An encoder
 and decoder get the prompt in front of the encoder's input.
+
+Rows with fewer learnt tokens are padded on the left with masked ones. A model that reads in both directions has its first token at the
+first place, so there each row is turned until its padding is on the right.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.errors import LorakitError
-from lorakit.method import Around
+from lorakit.prompts.columns import Columns
 
 PER_TOKEN = ("logits", "last_hidden_state", "start_logits", "end_logits")  # of an output, what has a row for each token
-
-
-class Prompted(Around):
-    """A method that puts `prompt`, (n, o), in front of every input."""
-
-    @abstractmethod
-    def prompt(self, p, site) -> Tensor: ...
-
-    def around(self, p, inner, call, site):
-        if call.given.get("encoder_outputs") is not None:  # the encoder has read it already
-            return inner(call)
-        longer, n, t = lengthen(call, self.prompt(p, site), site)
-        out = inner(longer)
-        return shorten(out, n, t) if call.first and not site.pairs else out
 
 
 def width(call: Any, site: Any) -> tuple[int, int]:
@@ -44,26 +34,26 @@ def width(call: Any, site: Any) -> tuple[int, int]:
     return x.shape[0], x.shape[1]
 
 
-def masked(given: dict[str, Any], b: int, n: int) -> dict[str, Tensor]:
-    """The attention mask with n tokens more in front."""
-    mask = given.get("attention_mask")
+def masked(given: dict[str, Any], cols: Columns, b: int, name: str = "attention_mask") -> dict[str, Tensor]:
+    """The attention mask with the learnt columns in front."""
+    mask = given.get(name)
     if mask is None:
         return {}
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise LorakitError("a prompt needs an attention mask of (rows, tokens) and got one made for a fixed cache; mend: generate without "
                            "cache_implementation='static'")
-    return {"attention_mask": torch.cat([mask.new_ones(b, n), mask], 1)}
+    return {name: torch.cat([cols.ahead(b, mask.device).to(mask), mask], 1)}
 
 
-def shifted(given: dict[str, Any], n: int) -> dict[str, Tensor]:
-    """Positions of real tokens behind n others; where none were given the model counts by itself."""
+def shifted(given: dict[str, Any], cols: Columns) -> dict[str, Tensor]:
+    """Positions of real tokens behind the learnt ones; where none were given the model counts by itself."""
     at = given.get("position_ids")
     if at is not None and at.dim() != 2:
         raise LorakitError("a prompt cannot be placed among positions of several dimensions; mend: leave position_ids out")
     mask = given.get("attention_mask")
     if at is not None and (mask is None or bool(mask.all())) and bool((at.diff() < 1).any()):
         raise LorakitError("several rows are packed into one here, and a prompt would stand before the first of them alone; mend: packing: false")
-    return {} if at is None else {"position_ids": at + n}
+    return {} if at is None else {"position_ids": at + cols.counts[:, None].to(at)}
 
 
 def tail(call: Any, site: Any) -> Any:
@@ -82,35 +72,70 @@ def tail(call: Any, site: Any) -> Any:
     return call.having(input_ids=ids.gather(1, at), attention_mask=mask, position_ids=places)
 
 
-def lengthen(call: Any, prompt: Tensor, site: Any) -> tuple[Any, int, int]:
-    """The call with the prompt (n, o) in front; n; and how many tokens came in."""
-    call = tail(call, site)
-    (b, t), n, given = width(call, site), len(prompt), call.given
-    more: dict[str, Any] = masked(given, b, n) | ({} if site.pairs else shifted(given, n))
+def fronted(inner: Callable[[Any], Any], call: Any, methods: Sequence[Any], cols: Columns, site: Any) -> Any:
+    """inner's answer with the columns, (n, d) of each method, in front of the input embeddings."""
+    if call.given.get("encoder_outputs") is not None:  # the encoder has read them already
+        return inner(call)
+    mine = {k: call.given[k] for m in methods for k in m.keeps if call.given.get(k) is not None}
+    call = tail(dataclasses.replace(call, given={k: v for k, v in call.given.items() if k not in mine}), site)
+    (b, t), given = width(call, site), call.given
+    cols = cols.over(b)
+    n, more = cols.n, masked(given, cols, b) | ({} if site.pairs else shifted(given, cols))
     if not call.first:
-        return call.having(**more), n, t
+        return inner(call.having(**more))
     x = given.get("inputs_embeds")
     x = site.embed(given["input_ids"]) if x is None else x
-    more |= {"inputs_embeds": torch.cat([prompt.to(x).expand(b, *prompt.shape), x], 1), "input_ids": None}
-    if "position_ids" in more:
-        at = more["position_ids"]
-        more["position_ids"] = torch.cat([torch.arange(n, device=at.device, dtype=at.dtype).expand(len(at), n), at], 1)
-    for name, fill in (("token_type_ids", 0), ("labels", -100)):
-        v = given.get(name)
-        if v is not None and not site.pairs and v.dim() == 2 and v.shape[1] == t and not v.is_floating_point():
-            more[name] = torch.cat([v.new_full((b, n), fill), v], 1)
-    for name in ("start_positions", "end_positions"):
-        more |= {name: given[name] + n} if given.get(name) is not None else {}
-    longer = call.having(**more)
-    return dataclasses.replace(longer, given={k: v for k, v in longer.given.items() if k != "input_ids"}), n, t
+    more["inputs_embeds"] = torch.cat([cols.of(b).to(x), x], 1)
+    if (at := more.get("position_ids")) is not None:
+        first = (torch.arange(n) - (n - cols.counts[:, None])).clamp_min(0).to(at)
+        more["position_ids"] = torch.cat([first.expand(len(at), n), at], 1)
+    types, labels = (v if v is not None and not site.pairs and v.shape[1:] == (t,) and not v.is_floating_point() else None
+                     for v in (given.get("token_type_ids"), given.get("labels")))  # those that say something of each token
+    more |= {} if types is None else {"token_type_ids": F.pad(types, (n, 0))}
+    more |= {} if labels is None else told(methods, cols, labels, mine, site)
+    off = None if cols.even or site.onward else n - cols.counts[:, None]  # (b, 1): how far each row is turned
+    if off is not None:
+        at = (torch.arange(n + t) + off) % (n + t)
+        more = {k: v.expand(b, *v.shape[1:])[torch.arange(b)[:, None], at] for k, v in more.items()}
+    more |= {k: given[k] + n for k in ("start_positions", "end_positions") if given.get(k) is not None}
+    given = {k: v for k, v in (given | more).items() if k != "input_ids"}
+    weights = given.pop("label_weights", None)
+    labels = given.pop("labels") if weights is not None else None
+    out = inner(dataclasses.replace(call, given=given))
+    if weights is not None:
+        out["loss"] = weighed(out["logits"], labels, weights)
+    return out if site.pairs else shorten(out, n, t, off)
 
 
-def shorten(out: Any, n: int, t: int) -> Any:
-    """What a model gave for n + t tokens, for the t last of them."""
+def told(methods: Sequence[Any], cols: Columns, labels: Tensor, mine: dict[str, Tensor], site: Any) -> dict[str, Tensor]:
+    """Labels (b, n + t) and, where a method's loss is its own, how much each counts."""
+    n, weights = cols.n, None
+    out = F.pad(labels, (n, 0), value=-100)
+    for k, m in enumerate(methods):
+        rows = cols.rows(k)
+        said = m.told(labels[rows], {name: v[rows] for name, v in mine.items()})
+        if said is not None:
+            weights = torch.ones(out.shape, device=out.device) if weights is None else weights
+            more = out.shape[1] - said[0].shape[1]
+            out[rows], weights[rows] = F.pad(said[0], (more, 0), value=-100), F.pad(said[1], (more, 0))
+    if site.onward and not cols.even:  # what stands before a row's first token is padding, which predicts nothing
+        out = out.scatter(1, (n - cols.counts[:, None]).to(out.device), -100)
+    return {"labels": out} if weights is None else {"labels": out, "label_weights": weights}
+
+
+def weighed(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The mean over the labels that are there, each as much as it counts."""
+    labels = labels[:, 1:].to(logits.device)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+    return (loss * weights[:, 1:].to(loss))[labels != -100].mean()
+
+
+def shorten(out: Any, n: int, t: int, off: Tensor | None = None) -> Any:
+    """What a model gave for n + t tokens, for the t last of them; off (b, 1): how far each row was turned."""
 
     def cut(v: Any, name: str = "logits") -> Any:
         long = isinstance(v, Tensor) and v.dim() >= (2 if name.endswith("_logits") else 3) and v.shape[1] == n + t
-        return v[:, n:] if long else v
+        return v if not long else v[:, n:] if off is None else v[torch.arange(len(v))[:, None], torch.arange(n, n + t) - off]
 
     if not hasattr(out, "keys"):
         return tuple(cut(v) for v in out) if isinstance(out, tuple) else cut(out)
