@@ -74,6 +74,8 @@ CASES = {
     "aflora": ({"every": 2, "tfinal": 1}, "aflora"), "sparse_adapter": ({"at": 2}, "lora"), "diff_pruning": ({"fix": 0.4, "share": 0.1}, "diff-pruning"),
     "dora_dynamic": ({"target_r": 2, "every": 1, "warmup": 0.2, "rest": 0.2}, "trilora"),
     "alora": ({"target_r": 2, "first": 2, "every": 2, "rounds": 2}, "sora"),
+    "bilora": ({"variant": "binary", "upper": 2, "lower": 2}, "adalora"), "autolora": ({"lr": 0.05}, "sora"),
+    "lora_prune": ({"every": 2, "spare_last": 0}, "lora-prune"),
 }
 
 

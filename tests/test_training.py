@@ -439,3 +439,9 @@ def test_registry_of_hooks():
     assert build({"lora_plus": {"ratio": 4}}).ratio == 4 and build("lora-plus").ratio == 16.0 and set(HOOKS) >= {"lora_plus"}
     with pytest.raises(LorakitError, match="no option `ratoi`"):
         build({"lora_plus": {"ratoi": 4}})
+
+
+def test_numbers_that_yaml_reads_as_words():
+    text = "{data: t.txt, train: {learning_rate: 1e-3}, adapter: {dropout: 1e-1}, hooks: [{factor_decay: {weight: 1e-3}}]}"
+    run = c.parse(yaml.safe_load(text))
+    assert (run.train.learning_rate, run.adapter["dropout"], run.hooks) == (1e-3, 0.1, [{"factor_decay": {"weight": 1e-3}}])

@@ -17,7 +17,7 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.hooks.base import Hook, hook
-from lorakit.hooks.components import Averages, cubic, gated, known_total, lowest, products, whole_here
+from lorakit.hooks.components import Averages, cubic, far_from_orthonormal, gated, known_total, lowest, products, whole_here
 
 
 @hook("adalora", "AdaLoRA's allocator", "2303.10512", "λ_k := 0 where sensitivity × uncertainty is lowest of all layers")
@@ -57,14 +57,7 @@ class AdaLoRA(Hook):
         return int(self.bT + (self.b0 - self.bT) * cubic(t, self.tinit, self.T - self.tfinal))
 
     def extra_loss(self, model, outputs):
-        if not self.orth_weight:
-            return 0.0
-        norms = []
-        for g in self.of:
-            for gram in (g.B.mT @ g.B, g.A @ g.A.mT):
-                d = gram - torch.eye(g.r, dtype=gram.dtype, device=gram.device)
-                norms.append((d.square().sum((-2, -1)) if self.squared else torch.linalg.matrix_norm(d)).mean())
-        return self.orth_weight * torch.stack([n.to(norms[0].device) for n in norms]).mean()
+        return self.orth_weight * far_from_orthonormal(self.of, self.squared) if self.orth_weight else 0.0
 
     def scores(self) -> list[torch.Tensor]:
         """S of every component, (matrices, r) for each target."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorakit import host
 from lorakit.errors import LorakitError, near
+from lorakit.hooks.losses import Losses
 from lorakit.method import checked
 
 HOOKS: dict[str, type[Hook]] = {}
@@ -35,6 +36,9 @@ class Hook:
     formula: str = ""
     place: ClassVar[int] = 50  # among several hooks at one event, the smaller the earlier
     tasks: int = 0  # how many tasks' gradients `combine` wants apart; 0: none
+    held: float = 0.0  # share of the training rows kept out of training, on which it learns by itself; 0: none
+    seed: int = 0  # of what is drawn
+    losses: Losses  # of a hook with `held`: losses of this step and of those rows
     trains_in_parallel: ClassVar[bool] = True  # whether several processes may train with it
 
     def setup(self, model: nn.Module) -> None:
@@ -66,6 +70,10 @@ class Hook:
 
     def close(self, model: nn.Module) -> None:
         """Training is over: takes off what `setup` put on the model. What was learnt stays."""
+
+    def summary(self) -> str:
+        """What it came to, in a line for people, when training is over; "" where there is nothing to say."""
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on to the bit: counters, masks, averages."""
@@ -112,6 +120,13 @@ class Hooks:
         if len(apart) > 1:
             raise LorakitError(f"hooks: {apart[0].name} and {apart[1].name} both make one gradient of several; mend: one of them")
         self.combiner = apart[0] if apart else None
+        learners = [h for h in self.hooks if h.held]
+        if len(learners) + bool(learners and apart) > 1:
+            other = (learners[1:] + apart)[0]
+            raise LorakitError(f"hooks: {learners[0].name} and {other.name} both have a say in what a step's loss is; mend: one of them")
+        self.learner, self.losses = learners[0] if learners else None, Losses()
+        if self.learner:
+            self.learner.losses = self.losses
         self._of_task: dict[int, list[Tensor]] = {}
         self.open = False
 
@@ -138,6 +153,9 @@ class Hooks:
             if parallel and not h.trains_in_parallel:
                 raise LorakitError(f"hooks: {h.name} does not train in several processes; mend: one process")
             h.start(self.model, optimizer, total)
+        if self.learner and self.losses.apart is None:
+            raise LorakitError(f"{self.learner.name}: it learns on rows kept out of training, and was given none; mend: hooked(…, held=batches), or a "
+                               "Trainer with a train_dataset, which parts them itself")
 
     def before_forward(self, step: int) -> None:
         for h in self.order:
@@ -151,6 +169,7 @@ class Hooks:
             h.before_step(self.model, optimizer, step)
 
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        self.losses.now.clear()
         for h in self.order:
             h.after_step(self.model, optimizer, step)
 
@@ -209,8 +228,8 @@ class Hooks:
 class Step:
     """One optimiser step of a hand-written loop, with everything around it. Made by `hooked`."""
 
-    def __init__(self, hooks: Hooks, optimizer: torch.optim.Optimizer, scheduler: Any, max_grad_norm: float):
-        self.hooks, self.optimizer, self.scheduler, self.max_grad_norm, self.done = hooks, optimizer, scheduler, max_grad_norm, 0
+    def __init__(self, hooks: Hooks, optimizer: torch.optim.Optimizer, scheduler: Any, max_grad_norm: float, of: Loss):
+        self.hooks, self.optimizer, self.scheduler, self.max_grad_norm, self.of, self.done = hooks, optimizer, scheduler, max_grad_norm, of, 0
         self._fresh = True
 
     def _forward(self, module, args) -> None:
@@ -222,6 +241,17 @@ class Step:
     def extra_loss(self, outputs: Any = None) -> Tensor | float:
         """What the hooks add to the loss."""
         return self.hooks.extra_loss(outputs)
+
+    def loss(self, batch: Any, share: float = 1.0) -> Tensor:
+        """The loss of a batch with what the hooks add; a hook with rows of its own may compute it again. share: of the step, with micro-batches."""
+
+        def compute() -> Tensor:
+            answer = self.of(self.hooks.model, batch)
+            return (loss_of(answer) + self.hooks.extra_loss(None if isinstance(answer, Tensor) else answer)) * share
+
+        if self.hooks.learner:
+            self.hooks.losses.note(compute)
+        return compute()
 
     def backward(self, losses: dict[int, Tensor] | Sequence[Tensor]) -> None:
         """Instead of `loss.backward()`, with a hook that wants the tasks' gradients apart: one loss for each task, by its number."""
@@ -257,16 +287,28 @@ class Step:
 
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+Loss = Callable[[nn.Module, Any], Any]  # of a model and a batch: the loss, or an answer that has it as `.loss`
+
+
+def own_answer(model: nn.Module, batch: dict[str, Any]) -> Any:
+    """What the model itself says of a batch with labels."""
+    return model(**batch)
+
+
+def loss_of(answer: Any) -> Tensor:
+    return answer if isinstance(answer, Tensor) else answer.loss
 
 
 @contextmanager
 def hooked(model: nn.Module, optimizer: Make, hooks: Sequence[Hook], scheduler: Callable[[torch.optim.Optimizer], Any] | None = None, *, lr: float = 1e-3,
-           weight_decay: float = 0.0, max_grad_norm: float = 0.0, total: int | None = None, state: dict[str, Any] | None = None) -> Iterator[Step]:
+           weight_decay: float = 0.0, max_grad_norm: float = 0.0, total: int | None = None, state: dict[str, Any] | None = None,
+           held: Sequence[Any] = (), loss: Loss = own_answer) -> Iterator[Step]:
     """Inside the block the hooks are on: `with hooked(model, torch.optim.AdamW, hooks) as step: loss.backward(); step()`.
 
     optimizer, scheduler: what makes them, of parameter groups and of the optimiser, since hooks have a say in both; then they are
     `step.optimizer` and `step.scheduler`. total: how many steps there will be, for hooks that need to know. state: an earlier
-    `step.state_dict()`, to go on from there.
+    `step.state_dict()`, to go on from there. held: batches that are not trained on (`parted` draws their rows), for a hook that learns on rows of
+    its own; with one it is `step.loss(batch).backward(); step()`, where `loss` says what the loss of model and batch is.
     """
     every = Hooks(model, hooks)
     every.setup()
@@ -274,7 +316,9 @@ def hooked(model: nn.Module, optimizer: Make, hooks: Sequence[Hook], scheduler: 
     try:
         trained = [p for p in every.model.parameters() if p.requires_grad]
         made = optimizer(every.param_groups([{"params": trained, "lr": lr, "weight_decay": weight_decay}]))
-        step = Step(every, made, scheduler and scheduler(made), max_grad_norm)
+        step = Step(every, made, scheduler and scheduler(made), max_grad_norm, loss)
+        if held:
+            every.losses.apart = lambda k: loss_of(loss(every.model, held[k % len(held)]))
         if state is not None:
             step.load_state_dict(state)
         every.start(made, total)

@@ -73,6 +73,16 @@ def gated(model: nn.Module, what: str, all_train: bool = True) -> list[Gated]:
     return out
 
 
+def far_from_orthonormal(of: Iterable[Gated], squared: bool) -> Tensor:
+    """mean(‖BᵀB - I‖, ‖A Aᵀ - I‖) over all targets, Frobenius norms."""
+    norms = []
+    for g in of:
+        for gram in (g.B.mT @ g.B, g.A @ g.A.mT):
+            d = gram - torch.eye(g.r, dtype=gram.dtype, device=gram.device)
+            norms.append((d.square().sum((-2, -1)) if squared else torch.linalg.matrix_norm(d)).mean())
+    return torch.stack([n.to(norms[0].device) for n in norms]).mean()
+
+
 def whole_here(params: Iterable[Tensor], what: str) -> None:
     """Refuses tensors of which each process holds a part."""
     if any(scattered(p) for p in params):

@@ -10,18 +10,21 @@ Checkpoints hold what trains and the hooks' state, never the base. `AdapterTrain
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback
 
 from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.formats import folder
 from lorakit.hooks import Hook, Hooks
+from lorakit.hooks.losses import batch_of, parted
 from lorakit.stores.shards import sharded
 
 HOOK_STATE, SCHEDULER = "lorakit_hooks.pt", "scheduler.pt"
@@ -72,6 +75,28 @@ class AdapterTrainerMixin:
             raise LorakitError("this trainer computes its loss from the output head's weight without calling it, so the adapter on the "
                                "head would be skipped silently; mend: exclude_modules: lm_head")
         self.add_callback(HookCallback(self._every))
+        if self._every.learner and self.train_dataset is not None:
+            self._part(self._every.learner)
+
+    def _part(self, hook: Hook) -> None:
+        """Takes the rows on which a hook learns by itself out of the training rows."""
+        rows = self.train_dataset
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise LorakitError(f"{hook.name}: it keeps {hook.held:g} of the training rows apart, and these are a stream; mend: a data set with a length")
+        size, take = self._train_batch_size, rows.select if hasattr(rows, "select") else partial(Subset, rows)
+        train, apart = (take(at) for at in parted(len(rows), hook.held, hook.seed))
+        self.train_dataset = train
+        if hasattr(apart, "select"):
+            apart, collate = self._remove_unused_columns(apart, "rows kept apart"), self.data_collator
+        else:
+            collate = self._get_collator_with_removed_columns(self.data_collator, "rows kept apart")
+
+        def loss(k: int) -> torch.Tensor:
+            inputs = self._prepare_inputs(collate([apart[n] for n in batch_of(len(apart), size, k, hook.seed)]))
+            with self.compute_loss_context_manager():
+                return super(AdapterTrainerMixin, self).compute_loss(self.model, inputs)
+
+        self._every.losses.apart = loss
 
     def _trained(self) -> list[str]:
         """Adapters with something that trains; all of them if none does."""
@@ -102,14 +127,28 @@ class AdapterTrainerMixin:
     def compute_loss(self, model, inputs, return_outputs=False, **kw):
         if not self.hooks:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kw)
+        if model.training and self._every.learner:
+            self._every.losses.note(partial(self._again, model, dict(inputs), kw))
+        loss, outputs, _ = self._step_loss(model, inputs, kw)
+        return (loss, outputs) if return_outputs else loss
+
+    def _again(self, model, inputs, kw):
+        """The loss of a training step's batch once more, as it was differentiated."""
+        with self.compute_loss_context_manager():
+            loss, _, whole = self._step_loss(model, dict(inputs), kw)
+        return loss if whole else loss / self.current_gradient_accumulation_steps
+
+    def _step_loss(self, model, inputs, kw):
+        """(loss with what hooks add, outputs, whether it is over all micro-batches already, so that Trainer does not divide by their number)"""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kw)
+        whole = None
         if model.training:
-            whole = self.loss_is_scaled_for_ga  # over all micro-batches already, so that Trainer does not divide by their number
+            whole = self.loss_is_scaled_for_ga
             if whole is None:
                 whole = bool(self.model_accepts_loss_kwargs and kw.get("num_items_in_batch") is not None) or self.compute_loss_func is not None
             loss = loss if whole else loss * self._share
             loss = loss + self._every.extra_loss(outputs) * (self._share / self.current_gradient_accumulation_steps if whole else self._share)
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs, whole
 
     _share = 1.0  # of the micro-batch's rows, while one task's are on
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lorakit.errors import LorakitError, near
 from lorakit.recipes import compose
@@ -26,7 +26,7 @@ class Base(Part):
     revision: str | None = Field(None, description="commit or branch on the hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="how the base is kept in memory; `auto`: as on disk")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    quantize: str | dict[str, Any] | None = Field(None, description="how the linear layers are kept: nf4, nf3, nf2, int8, int6, int4, int3, int2, or "
+    quantize: str | dict[str, Any] | None = Field(None, description="how the linear layers are kept: nf4, nf3, nf2, int8, int7, … int2, or "
                                                   "{name: nf4, block: 64, double_quant: true}; nf4 with an adapter is QLoRA")
 
 
@@ -108,6 +108,11 @@ class Run(Part):
     eval: Eval = Field(default_factory=Eval)
     from_adapter: FromAdapter | None = Field(None, description="start from a saved adapter")
     output: str = Field("runs/run", description="run folder")
+
+    @field_validator("adapter", "hooks", mode="before")
+    @classmethod
+    def _numbers(cls, v: Any) -> Any:
+        return _tree(v)
 
     def spec(self) -> Spec:
         options = dict(self.adapter)
@@ -228,6 +233,13 @@ def number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _tree(value: Any) -> Any:
+    """The same where no field's type says what a value is to be."""
+    if isinstance(value, dict):
+        return {k: _tree(v) for k, v in value.items()}
+    return [_tree(v) for v in value] if isinstance(value, list) else number(value)
 
 
 def example() -> str:

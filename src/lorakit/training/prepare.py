@@ -32,7 +32,7 @@ def prepare(run: Run) -> Prepared:
     """Reads, tells apart, splits and encodes the data. Raises LorakitError before any model is loaded."""
     rows = d.read_rows(run.data.train, run.data.split, run.data.limit)
     shape = d.detect(rows, run.data.columns or None) if run.data.shape == "auto" else run.data.shape
-    tasks = next((h for h in map(build, run.hooks) if h.tasks), None)
+    tasks = of_tasks(run)
     rows = d.normalise(rows, shape, run.data.columns or None, ("task",) if tasks else ())
     if tasks:
         rows = _numbered(rows, shape, run, tasks)
@@ -60,6 +60,11 @@ def prepare(run: Run) -> Prepared:
         train = d.encode(plain(rows), tok, length, run.data.answer_only, run.data.template)
         heldout = d.encode(plain(held), tok, length, run.data.answer_only, run.data.template) if held else None
     return Prepared(run, tok, shape, task, rows, held, train, heldout, labels)
+
+
+def of_tasks(run: Run) -> Hook | None:
+    """The hook that takes the rows of tasks apart, where the run has one."""
+    return next((h for h in map(build, run.hooks) if h.tasks), None)
 
 
 def _numbered(rows: list[dict], shape: str, run: Run, hook: Hook) -> list[dict]:

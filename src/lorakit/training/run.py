@@ -182,6 +182,8 @@ def train(run: Run, *, resume: bool = False, say: Say = print, callbacks: Sequen
     trainer.evaluate()
     after, shown_after = trainer.measured[1], samples(model, p)
     say("after:  " + _metrics(after))
+    for line in (f"{h.name}: {h.summary()}" for h in hooks if h.summary()):
+        say(line)
     adapter = api.save(model, out / "adapter", "default", lineage=p.lineage)
     record = _record(p, model, trainer, before, after, shown, shown_after, seconds, adapter)
     del trainer, model
