@@ -17,11 +17,14 @@ from torch import nn
 import lorakit
 from lorakit import LorakitError
 from lorakit.formats import files, kohya
-from lorakit.formats.base import FORMATS
+from lorakit.formats.base import FORMATS as EVERY
 from lorakit.formats.gguf import ARCHITECTURES
 from lorakit.formats.receipt import probe
+from lorakit.methods.lokr import LoKr
 from lorakit.recipes import RECIPES
+from lorakit.spec import Spec, attach
 
+FORMATS = {n: f for n, f in EVERY.items() if not f.rounds}
 SUFFIX = {n: f.suffix for n, f in FORMATS.items()}
 MIXED = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "down_proj"], "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"down_proj": 5}}
 
@@ -165,12 +168,18 @@ def kohya_delta(t: dict, name: str) -> torch.Tensor:
         if down.dim() == 4:
             return alpha / down.shape[0] * nn.functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
         return alpha / down.shape[0] * up @ down
+    if "hada_t1" in leaf:
+        one, two = (torch.einsum("ij...,ip,jr->pr...", *(leaf[f"hada_{k}"] for k in (f"t{n}", f"w{n}_a", f"w{n}_b"))) for n in (1, 2))
+        return alpha / leaf["hada_w1_b"].shape[0] * one * two
     if "hada_w1_a" in leaf:
         return alpha / leaf["hada_w1_b"].shape[0] * (leaf["hada_w1_a"] @ leaf["hada_w1_b"]) * (leaf["hada_w2_a"] @ leaf["hada_w2_b"])
     w1 = leaf["lokr_w1"] if "lokr_w1" in leaf else leaf["lokr_w1_a"] @ leaf["lokr_w1_b"]
-    w2 = leaf["lokr_w2"] if "lokr_w2" in leaf else leaf["lokr_w2_a"] @ leaf["lokr_w2_b"]
-    ranks = [leaf[k].shape[1] for k in ("lokr_w1_a", "lokr_w2_a") if k in leaf]
-    return torch.kron(w1, w2) * (alpha / ranks[0] if ranks else 1.0)
+    if "lokr_t2" in leaf:
+        w2 = torch.einsum("ij...,ip,jr->pr...", *(leaf[f"lokr_{k}"] for k in ("t2", "w2_a", "w2_b")))
+    else:
+        w2 = leaf["lokr_w2"] if "lokr_w2" in leaf else leaf["lokr_w2_a"] @ leaf["lokr_w2_b"]
+    ranks = [leaf[k].shape[0] for k in ("lokr_w1_b", "lokr_w2_b") if k in leaf]
+    return torch.kron(w1.view(*w1.shape, *[1] * (w2.dim() - 2)), w2) * (alpha / ranks[0] if ranks else 1.0)
 
 
 KOHYA = {  # recipe and options -> what is in the file for each target
@@ -232,6 +241,36 @@ def test_kohya_convolutions(tmp_path, recipe, rank):
     assert torch.allclose(lorakit.load(Net(), tmp_path / "x.safetensors")(x), model(x), atol=1e-5)
     bare = lorakit.convert(tmp_path / "a", tmp_path / "y.safetensors", "kohya")
     assert bare.notes == done.notes and all(torch.equal(v, t[k]) for k, v in load_file(tmp_path / "y.safetensors").items())
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.line, self.wide = nn.Conv1d(12, 8, 3), nn.Conv2d(1, 6, (3, 1))
+
+    def forward(self, x):
+        return self.wide(self.line(x)[:, None])
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("loha", {"r": 2, "tucker": True}), ("lokr", {"r": 1, "tucker": True}), ("lokr", {"r": 1, "decompose_both": True}), ("lokr", {"r": 8})])
+@pytest.mark.parametrize(("base", "x"), [(Net, (2, 3, 5, 5)), (Line, (2, 12, 9))], ids=["conv2d", "conv1d"])
+def test_kohya_holds_products_on_convolutions(tmp_path, base, x, method, options):
+    """Cores and Kronecker factors go out in LyCORIS' shapes, mean there what its formulas say, and come back as they went."""
+    x = torch.randn(x)
+    model = saved(tmp_path / "a", method, base(), alpha=3.0, target_modules=["0", "1"] if base is Net else ["line", "wide"], **options)
+    lorakit.convert(tmp_path / "a", tmp_path / "x.safetensors", "kohya", base())
+    t, moved = load_file(tmp_path / "x.safetensors"), deltas(model)
+    for p, d in moved.items():
+        assert near(kohya_delta(t, f"lora_unet_{p.replace('.', '_')}").reshape(d.shape), d, 1e-4)
+    cores = {k: v.shape[2:] for k, v in t.items() if k.endswith(("_t1", "_t2"))}
+    kernels = {p.replace(".", "_"): m.weight.shape[2:] for p, m in base().named_modules() if hasattr(m, "kernel_size")}
+    assert bool(cores) == ("tucker" in options) and all(kernels[k.removeprefix("lora_unet_").partition(".")[0]] == s for k, s in cores.items())
+    back = lorakit.load(base(), tmp_path / "x.safetensors")
+    assert torch.allclose(back(x), model(x), atol=1e-5)
+    lorakit.convert(tmp_path / "x.safetensors", tmp_path / "b", "peft", base())
+    assert torch.allclose(lorakit.load(base(), tmp_path / "b")(x), model(x), atol=1e-5)
 
 
 def test_kohya_mid_weights_are_multiplied_into_the_first_factor(tmp_path):
@@ -650,11 +689,17 @@ def test_a_base_without_the_adapters_modules_is_refused(tmp_path, to):
         assert not place(tmp_path, to, recipe).exists()
 
 
-def test_lokr_on_a_convolution_is_not_held_by_kohya(tmp_path):
-    saved(tmp_path / "a", "lokr", Net(), r=1, target_modules=["0"])
-    with pytest.raises(LorakitError, match="this LoKr adapts a convolution, of which kohya's files cut the channels"):
-        lorakit.convert(tmp_path / "a", tmp_path / "x.safetensors", "kohya", Net())
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+def test_a_lokr_that_is_not_cut_as_kohyas_files_are_is_refused(tmp_path):
+    for name, method, said in (("old", LoKr(1, kernel=0), "cuts the whole kernel"), ("swapped", LoKr(1, kernel=9, swapped=True), "cuts in the other order")):
+        model = Net()
+        attach(model, "a", Spec(method, ("down_blocks.0",)), {"down_blocks.0": method})
+        lorakit.save(model, tmp_path / name)
+        with pytest.raises(LorakitError, match=said):
+            lorakit.convert(tmp_path / name, tmp_path / "x.safetensors", "kohya", Net())
+    saved(tmp_path / "a", "lokr", Net(), r=1, tucker=True, target_modules=["0"])
+    with pytest.raises(LorakitError, match="cannot be told without the base; mend: give base"):
+        lorakit.convert(tmp_path / "a", tmp_path / "x.safetensors", "kohya")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "old", "swapped"]
 
 
 @pytest.mark.parametrize("to", FORMATS)

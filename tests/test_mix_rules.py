@@ -116,6 +116,21 @@ def test_a_matrix_is_projected_to_the_nearest(shape, rank):
     assert left == pytest.approx(float((D - B @ A).norm()), abs=1e-4) and whole == pytest.approx(float(D.norm()))
 
 
+@pytest.mark.parametrize("shape", [(60, 80), (2, 60, 80)])
+def test_subspace_iteration_is_nearly_the_nearest_and_says_its_own_error(shape):
+    g = torch.Generator().manual_seed(2)
+    vectors = [Vector((torch.randn(*shape[:-1], 4, generator=g), torch.randn(*shape[:-2], 4, shape[-1], generator=g))) for _ in range(2)]
+    D = run("ties", vectors, (1.0, 1.0), density=0.3).matrix
+    least, whole = project(Vector(matrix=D), 4)[2:]
+    for niter, more, limit in ((3, 8, 1.001), (1, 1, 1.2)):
+        B, A, left, size = project(Vector(matrix=D), 4, niter, more)
+        assert A.shape[-2] == 4 and left == pytest.approx(float((D - B @ A).norm()), rel=1e-4) and size == pytest.approx(whole, rel=1e-5)
+        assert least * 0.9999 <= left <= least * limit, niter
+    assert left > least * 1.001  # with no room and one round it is not the nearest
+    B, A, *_ = project(Vector(matrix=D), 4, 2, 100)  # as many directions as there are: the exact way
+    assert torch.equal(B @ A, torch.matmul(*project(Vector(matrix=D), 4)[:2]))
+
+
 def test_inner_products_and_cosines_come_from_the_factors():
     v = [*factors(), Vector(matrix=torch.randn(O, I)), Vector.zero((O, I))]
     want = torch.tensor([[float((a.dense().double() * b.dense().double()).sum()) for b in v] for a in v])

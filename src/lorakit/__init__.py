@@ -23,6 +23,7 @@ from lorakit.api import (
     merge_checkpoint,
     merged,
     mix,
+    mix_checkpoints,
     rows,
     save,
     save_base,
@@ -37,5 +38,5 @@ from lorakit.quantized import dequantize, quantize
 
 __version__ = "0.1.0"
 __all__ = ["LorakitError", "activate", "active", "adapt", "adapters", "convert", "delete", "dequantize", "detach", "diff", "disabled", "freeze",
-           "given", "load", "merge", "merge_checkpoint", "merged", "mix", "quantize", "rows", "save", "save_base", "save_merged", "shrink",
+           "given", "load", "merge", "merge_checkpoint", "merged", "mix", "mix_checkpoints", "quantize", "rows", "save", "save_base", "save_merged", "shrink",
            "trainable", "unmerge", "verify"]

@@ -21,9 +21,11 @@ from lorakit.formats import folder
 from lorakit.formats.base import opened
 from lorakit.formats.convert import Conversion
 from lorakit.formats.convert import convert as convert_
-from lorakit.formats.files import new_folder
+from lorakit.formats.files import new_folder, read_json
 from lorakit.formats.receipt import compare_bases, fingerprint
 from lorakit.formats.receipt import probe as logits_of
+from lorakit.merges.checkpoints import MixedCheckpoint, whole
+from lorakit.merges.checkpoints import mix_checkpoints as mix_files
 from lorakit.merges.diff import Diff
 from lorakit.merges.diff import diff as diff_
 from lorakit.merges.mix import Mixed, Stats, mix_on
@@ -102,7 +104,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Mixed batch, inside a `with` block: row n of every input goes through adapter names[n]; None is the base.
 
     Works in training and inference, with different ranks and methods in one batch. What a model makes of one row follows it:
-    tokens folded into the batch, and under `generate` its beams and returned sequences.
+    tokens folded into the batch, and under `generate` its beams and returned sequences. Rows with fewer learnt tokens, or none, are padded
+    with masked ones, so that prompts, prefixes and plain adapters share a batch.
     """
     state = host.known(model, [n for n in names if n is not None])
     if state.merged is not None:
@@ -219,13 +222,14 @@ def shrink(model: nn.Module, name: str, rank: int, new_name: str) -> dict[str, f
 
 def mix(adapters: Sequence[str | Path], output: str | Path, rule: str = "linear", *, weights: Sequence[float] | None = None, rank: int | None = None,
         base: str | Path | nn.Module | None = None, model: nn.Module | None = None, stats: Sequence[Stats] | None = None, seed: int = 0,
-        check_base: bool = True, **options: Any) -> Mixed:
+        check_base: bool = True, niter: int = 0, **options: Any) -> Mixed:
     """Makes one plain LoRA of several adapters: ΔW = rule(ΔW_1 … ΔW_n), target by target (`lorakit.merges.ROWS` has the rules).
 
     adapters: saved adapters, and `output` the folder to write; or, with `model`, names of adapters on it, and `output` the new one's name
     (beside them, not active). Ranks, scales, targets and methods may differ; a target that an adapter lacks is a zero update of it.
     weights: one for each adapter, negative ones take away; default 1. rank: of the result; by default the sum of the ranks
-    where the rule stays in the factors (exact), else the largest of the sources', and the error is said. base: the base model, or where
+    where the rule stays in the factors (exact), else the largest of the sources', and the error is said. niter: above 0, a matrix is brought
+    to its rank by that many rounds of subspace iteration (2 are nearly exact, and many times faster on large layers). base: the base model, or where
     it is: needed only where an update depends on the weight, and then the result is verified on it. stats: for rules that need them
     (`lorakit.merges.stats`), of each adapter. options: the rule's own. seed: of what a rule draws. Raises LorakitError and writes nothing,
     or all of it, read back.
@@ -233,10 +237,41 @@ def mix(adapters: Sequence[str | Path], output: str | Path, rule: str = "linear"
     if isinstance(adapters, str | Path) or not adapters:
         raise LorakitError("mix: there is no adapter to mix" if not adapters else "mix: give a list of adapters")
     if model is not None:
-        return mix_on(host.bare(model), [str(a) for a in adapters], str(output), rule, weights, rank, seed, stats, options)
+        return mix_on(host.bare(model), [str(a) for a in adapters], str(output), rule, weights, rank, seed, stats, options, niter)
     if base is not None and not isinstance(base, nn.Module):
         base = load_base_for(folder.Folder(adapters[0]), base)
-    return mix_(adapters, output, rule, weights, rank, None if base is None else host.bare(base), seed, stats, check_base, options)
+    return mix_(adapters, output, rule, weights, rank, None if base is None else host.bare(base), seed, stats, check_base, options, niter)
+
+
+def mix_checkpoints(sources: Sequence[str | Path], output: str | Path, rule: str = "linear", *, weights: Sequence[float] | None = None,
+                    base: str | Path | None = None, stats: Sequence[Stats] | None = None, seed: int = 0, check_base: bool = True,
+                    **options: Any) -> MixedCheckpoint:
+    """Writes a whole checkpoint, W = W_0 + rule(W_1 - W_0, …), tensor by tensor, from the files alone; the rules are those of `mix`, no rank is cut.
+
+    sources: folders of whole models (safetensors, any shards and floating-point dtypes), of adapters on the base, or of both. base: folder of W_0; of
+    adapters, by default the one that the first names. Without one, whole models are mixed as they are, W = rule(W_1, …, W_n), by the rules of which equal
+    weights come out as they went in (linear with weights that sum to 1, their default then; slerp, fisher, regmean). What is written is the base's folder,
+    or the first source's, with other numbers. Memory: a float32 tensor for each source and a few more, of the largest there is. LorakitError where names
+    or shapes differ, a number is NaN, a checkpoint is quantised, or a rule or an adapter cannot do so; the output is whole or absent.
+    """
+    if isinstance(sources, str | Path) or not sources:
+        raise LorakitError("mix: there is nothing to mix" if not sources else "mix: give a list of folders")
+    found = [Path(where(s)) if str(s) == "embedded" or whole(s) else Path(s) for s in sources]
+    first = next((folder.Folder(s) for s in found if not whole(s)), None)
+    told = base if base is not None or first is None else first.base
+    if told is None:
+        return mix_files(found, output, rule, weights, None, _maybe_skeleton(found[0]), seed, stats, check_base, options)
+    at = Path(where(told))
+    tree = skeleton(at, _task(first)) if first else _maybe_skeleton(at)
+    return mix_files(found, output, rule, weights, at, tree, seed, stats, check_base, options)
+
+
+def _maybe_skeleton(folder: Path) -> nn.Module | None:
+    """The model of a checkpoint on the meta device, where transformers knows it: which side of a weight is the input, for rules that ask."""
+    names = read_json(folder / "config.json").get("architectures") or [""] if (folder / "config.json").is_file() else [""]
+    with suppress(LorakitError, ValueError):
+        return skeleton(folder, task_of(names[0]))
+    return None
 
 
 def diff(a: str | Path, b: str | Path, base: str | Path | nn.Module | None = None) -> Diff:
@@ -393,13 +428,13 @@ def _bytes(model: torch.nn.Module) -> int:
 
 def convert(src: str | Path, dst: str | Path, to: str, base: str | Path | nn.Module | None = None, *, rank: int | None = None, check_base: bool = True,
             **options: Any) -> Conversion:
-    """Writes a saved adapter, in whatever known format, to `dst` in another: peft, kohya, gguf, mlx, or vllm (a PEFT folder that vLLM takes).
+    """Writes a saved adapter, in whatever known format, to `dst` in another: peft, kohya, gguf, mlx, compeft, or vllm (a PEFT folder that vLLM takes).
 
     base: the base model, or where to load it from; where one is needed (kohya and GGUF are read beside it, GGUF is written beside it, methods
     are turned on it) and none is given, the one that the source names is taken. Where there is one, logits are compared, too. rank: turns every
     target into a plain LoRA of at most this rank, the nearest (its error is said); otherwise a method that the format cannot hold is turned where
-    that is exact, or refused. options: prefix (kohya: lora_unet, lora_te, …). What is written is read again and compared before it appears
-    under its name; it is there whole, or not at all. Raises LorakitError.
+    that is exact, or refused. options: prefix (kohya: lora_unet, lora_te, …); density and scale (compeft, which rounds, and says how far). What is
+    written is read again and compared before it appears under its name; it is there whole, or not at all. Raises LorakitError.
     """
     def at_hand(needed: bool) -> nn.Module | None:
         if isinstance(base, nn.Module):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lorakit.formats.files import read_json, write_json
 from lorakit.formats.folder import Folder, beside
 from lorakit.merges import ROWS
 from lorakit.merges.base import build
+from lorakit.merges.checkpoints import MixedCheckpoint, whole
 from lorakit.merges.mix import MIX, Mixed
 from lorakit.merges.search import SEARCHES, Found
 from lorakit.merges.stats import COLLECT
@@ -32,11 +33,13 @@ from lorakit.training.prepare import Prepared, prepare
 class Mix(c.Part):
     """The keys of `lorakit mix`."""
 
-    adapters: list[str] = Field(..., description="adapter folders")
+    adapters: list[str] = Field(..., description="adapter folders; for a checkpoint, whole models, too")
     output: str | None = Field(None, description="folder to write")
     rule: str = Field("linear", description="a rule of `lorakit mix --rules`")
     weights: list[float] | None = Field(None, description="one for each adapter; default 1")
-    rank: int | None = Field(None, description="of the result")
+    to: Literal["adapter", "checkpoint"] | None = Field(None, description="what to write; default: an adapter, where no source is a whole model")
+    rank: int | None = Field(None, description="of the result, an adapter")
+    niter: int = Field(0, description="rounds of subspace iteration that bring a matrix to its rank, nearly; 0: exactly")
     base: str | None = Field(None, description="the base model; default: the one the first adapter names, where it is on this machine")
     options: dict[str, Any] = Field({}, description="the rule's own options")
     seed: int = Field(0, description="of what a rule draws")
@@ -83,12 +86,17 @@ def at_hand(adapters: Sequence[str], base: str | None) -> str | None:
     return told if base or here else None
 
 
-def run(m: Mix) -> Mixed:
+def run(m: Mix) -> Mixed | MixedCheckpoint:
     """Mixes and, with data, measures. Everything that can be wrong is said before a model is loaded."""
     if not m.adapters:
         raise LorakitError("mix: there is no adapter to mix; mend: name their folders, or a YAML file")
     if not m.output:
         raise LorakitError("mix: say where to write; mend: --output FOLDER, or `output` in the YAML file")
+    models = [a for a in m.adapters if whole(a)]
+    if models and m.to == "adapter":
+        raise LorakitError(f"mix: {models[0]} is a whole model, which no adapter holds; mend: to checkpoint, or adapters alone")
+    if models or m.to == "checkpoint":
+        return _checkpoint(m)
     rule = build(m.rule, ROWS, m.options)
     if m.data and len(m.data) not in (1, len(m.adapters)):
         raise LorakitError(f"mix: {len(m.adapters)} adapters but data of {len(m.data)}; mend: one for each adapter, in their order, or one for all")
@@ -102,12 +110,20 @@ def run(m: Mix) -> Mixed:
     if rule.needs and sets:
         stats = [collect(model, a, sets[n % len(sets)], rule.needs, m.check_base) for n, a in enumerate(m.adapters)]
     weights = found.weights if found else m.weights
-    done = lorakit.mix(m.adapters, m.output, m.rule, weights=weights, rank=m.rank, base=model, stats=stats, seed=m.seed, check_base=m.check_base, **m.options)
+    done = lorakit.mix(m.adapters, m.output, m.rule, weights=weights, rank=m.rank, base=model, stats=stats, seed=m.seed, check_base=m.check_base,
+                       niter=m.niter, **m.options)
     more = {"metrics": measured(model, m, sets)} if sets else {}
     more |= {"search": found.to_dict()} if found else {}
     if more:
         write_json(Path(m.output) / MIX, read_json(Path(m.output) / MIX) | more)
     return done
+
+
+def _checkpoint(m: Mix) -> MixedCheckpoint:
+    """The mix as a whole model, without one in memory."""
+    if bad := next((k for k in ("rank", "niter", "search", "data") if getattr(m, k)), None):
+        raise LorakitError(f"mix: `{bad}` is for a mix that is an adapter, not for a checkpoint; mend: leave it out")
+    return lorakit.mix_checkpoints(m.adapters, m.output, m.rule, weights=m.weights, base=m.base, seed=m.seed, check_base=m.check_base, **m.options)
 
 
 def _search(model: nn.Module, m: Mix, sets: Sequence[Prepared]) -> Found:

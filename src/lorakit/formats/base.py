@@ -37,7 +37,8 @@ class Format(ABC):
     writes_with_base: ClassVar[bool] = False
     ties: ClassVar[bool] = False  # it can say that a head follows the embedding's adapter
     parameters: ClassVar[bool] = False  # it can hold adapters of parameters that are read, not called
-    options: ClassVar[tuple[str, ...]] = ()  # what `write` can be told beside
+    rounds: ClassVar[bool] = False  # it holds less than the adapter: `kept` says what
+    options: ClassVar[tuple[str, ...]] = ()  # what `kept` and `write` can be told beside
 
     def __init_subclass__(cls) -> None:
         FORMATS[cls.name] = cls()
@@ -56,6 +57,10 @@ class Format(ABC):
     def unfit(self, part: Part) -> str | None:
         """Why this format cannot hold one target's adapter; None where it can."""
         ...
+
+    def kept(self, source: Folder, **options: Any) -> Folder:
+        """What of an adapter this format holds: the adapter that `write` gets, and that is read back."""
+        return source
 
     @abstractmethod
     def write(self, source: Folder, out: Path, model: nn.Module | None, **options: Any) -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lorakit import host
 from lorakit.errors import LorakitError, near
-from lorakit.formats import gguf, kohya, mlx, peft_folder, vllm  # noqa: F401 (each registers itself)
-from lorakit.formats.base import Format, detect, find
+from lorakit.formats import compeft, gguf, kohya, mlx, peft_folder, vllm  # noqa: F401 (each registers itself)
+from lorakit.formats.base import Format, detect, find, lora_of
 from lorakit.formats.files import new_file, new_folder, read_json, sha256, write_json
 from lorakit.formats.folder import Export, Folder, Part, beside
 from lorakit.formats.peft import PREFIX, RECEIPT
@@ -46,6 +46,9 @@ class Conversion:
     logits: float | None = None  # largest difference of the logits on it, of a model whose inputs are known
     moved: float | None = None  # how far the adapter moves them
     left_out: Mapping[str, Any] | None = None  # of the update, where a method became the nearest LoRA of a rank
+    rounded: Mapping[str, Any] | None = None  # how far what the format holds is from the update, as a part of it: overall, and by target
+    rounded_logits: float | None = None  # largest difference of the logits that makes
+    bytes: int = 0  # of what was written
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,6 +57,9 @@ class Conversion:
         lines = [f"{self.source} ({self.read_as}) -> {self.output} ({self.written_as}), {self.targets} targets", *(f"  {n}" for n in self.notes)]
         if self.left_out:
             lines.append(f"  made plain LoRA: {self.left_out['overall']:.2%} of the update's norm left out")
+        if self.rounded:
+            moved = "" if self.rounded_logits is None else f"; logits on the base differ by {self.rounded_logits:.3g}"
+            lines.append(f"  {self.written_as} rounds: it is {self.rounded['overall']:.2%} of the update's norm away from the adapter{moved}")
         said = f"no update differs by more than {self.error:.1e} of its norm ({self.where})" if self.where else "equal to the bit"
         said += f" ({self.by_logits} of {self.targets} targets by the logits alone)" if self.by_logits else ""
         lines.append(f"  read back: {said}{'' if self.on_base else '; logits not compared, for no base is at hand'}")
@@ -89,10 +95,14 @@ def convert(src: str | Path, dst: str | Path, to: str, base: Callable[[bool], nn
     done.on_base = model is not None
     if (source.receipt or {}).get("lineage"):
         done.notes.append("it was trained over earlier adapters, which this holds no part of: see the lineage in the source's receipt")
+    held = target.kept(source, **options)
+    if held is not source:
+        _rounding(source, held, model, check_base, done)
     with new_file(dst) if target.suffix else new_folder(dst) as tmp:
-        done.notes += target.write(source, tmp, model, **options)
-        again = target.read(tmp, model if model is not None else skeleton(source.parts()))
-        _compare(source, again, model, check_base, done)
+        done.notes += target.write(held, tmp, model, **options)
+        done.bytes = sum(f.stat().st_size for f in ([tmp] if tmp.is_file() else tmp.iterdir()))
+        again = target.read(tmp, model if model is not None else skeleton(held.parts()))
+        _compare(held, again, model, check_base, done)
         if not target.suffix:
             _receipt(tmp, src, done)
     return done
@@ -172,14 +182,18 @@ def difference(a: Part, b: Part) -> float:
         out += [_relative(float((pa[k] - pb[k]).norm()), float(pa[k].norm())) for k in ma.own]
         ma, mb = ma.inner, mb.inner
     if type(ma) is LoRA and type(mb) is LoRA and "d" not in pa:
-        (Ba, Aa), (Bb, Ab) = ma.two(pa), mb.two(pb)
-        out.append(_relative(lower_rank(torch.cat([Ba, -Bb], 1), torch.cat([Aa, Ab]), 1)[3], lower_rank(Ba, Aa, 1)[3]))
+        out.append(_relative(*_norms(ma.two(pa), mb.two(pb))))
     elif isinstance(ma, Additive) and not ma.reads_base and type(ma) is type(mb):
         da, db = (m.delta(p, None) for m, p in ((ma, pa), (mb, pb)))
         out.append(_relative(float((da - db).norm()), float(da.norm())))
     else:
         out += [_relative(float((t - pb[k]).norm()), float(t.norm())) for k, t in pa.items()]
     return max(out)
+
+
+def _norms(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """|B A - B' A'| and |B A|, from the factors."""
+    return lower_rank(torch.cat([a[0], -b[0]], 1), torch.cat([a[1], b[1]]), 1)[3], lower_rank(*a, 1)[3]
 
 
 def _flat(t: Tensor, axes: str) -> Tensor:
@@ -189,6 +203,31 @@ def _flat(t: Tensor, axes: str) -> Tensor:
 
 def _relative(gap: float, size: float) -> float:
     return gap / size if size else gap
+
+
+def _rounding(source: Folder, held: Folder, model: nn.Module | None, check_base: bool, done: Conversion) -> None:
+    """Fills in how far what a format holds is from the adapter: its updates, of a DoRA those inside, and the logits."""
+    meant, kept, gaps = source.parts(), held.parts(), {}
+    for p, part in meant.items():
+        if (core := lora_of(part.method)) is not None:
+            a, b = ({k: _flat(x.leaves[k], core.leaves[k].axes) for k in core.leaves} for x in (part, kept[p]))
+            gaps[p] = _norms(core.two(a), core.two(b))
+    gap, size = (sum(g[n] ** 2 for g in gaps.values()) ** 0.5 for n in (0, 1))
+    done.rounded = {"overall": _relative(gap, size), "modules": {p: _relative(*g) for p, g in gaps.items()}}
+    if model is not None:
+        logits = [_logits(model, f, check_base and f is source) for f in (source, held)]
+        done.rounded_logits = None if logits[0] is None else float((logits[0] - logits[1]).abs().max())
+
+
+def _logits(model: nn.Module, folder: Folder | None, check_base: bool) -> Tensor | None:
+    """Of the base with one adapter, or with none."""
+    with ExitStack() as on:
+        if folder is not None:
+            on.enter_context(beside(model, folder, check_base))
+        elif (state := host.find_state(model)) is not None:
+            keep, state.active = state.active, {}
+            on.callback(setattr, state, "active", keep)
+        return probe(model)
 
 
 def _compare(source: Folder, again: Folder, model: nn.Module | None, check_base: bool, done: Conversion) -> None:
@@ -208,15 +247,7 @@ def _compare(source: Folder, again: Folder, model: nn.Module | None, check_base:
         raise LorakitError(f"{done.output}: read back, the update of {done.where} differs by {done.error:.2g}; this is a defect of lorakit")
     if model is None:
         return
-    logits = []
-    for folder in (None, source, again):
-        with ExitStack() as on:
-            if folder is not None:
-                on.enter_context(beside(model, folder, check_base and folder is source))
-            elif (state := host.find_state(model)) is not None:
-                keep, state.active = state.active, {}
-                on.callback(setattr, state, "active", keep)
-            logits.append(probe(model))
+    logits = [_logits(model, folder, check_base and folder is source) for folder in (None, source, again)]
     if logits[0] is not None:
         done.logits, done.moved = float((logits[1] - logits[2]).abs().max()), float((logits[1] - logits[0]).abs().max())
         if done.logits > tolerance(logits[1], model):

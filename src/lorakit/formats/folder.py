@@ -122,7 +122,8 @@ class Export:
             if slot.absorbed and slot.absorbed.adapter == name and slot.absorbed.written:
                 self.converted.append(path)
             if form != "native":
-                method, p = method.for_files(p)
+                was, (method, p) = method, method.for_files(p)
+                self.converted += [path] * (form == "auto" and was.plain_in_files and type(method) is LoRA)
             if form == "lora" or (form == "auto" and method.plain_in_files):
                 method, p = self._lora(slot, method, p, must=form == "lora")
             self.methods[path], params[path] = method, p

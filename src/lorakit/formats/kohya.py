@@ -1,14 +1,16 @@
 """kohya / A1111: one safetensors file with flat names, as sd-scripts and LyCORIS write it.
 
     <prefix>_<path, its dots as underscores>.lora_down.weight (r, i), .lora_up.weight (o, r), .alpha ()      W + (alpha/r) up down
-    .hada_w1_a … .hada_w2_b (LoHa), .lokr_w1 … .lokr_w2_b (LoKr), .dora_scale (o, 1)                           and a magnitude around any
+    .hada_w1_a … .hada_t2 (LoHa), .lokr_w1 … .lokr_t2 (LoKr), .dora_scale (o, 1)                               and a magnitude around any
 
 No alpha, or alpha 0, means scale 1. `lora_mid.weight` (r, r, k, k) stands between the factors of a convolution; it is multiplied into
-the first one. A path cannot be told from its name, so the base's own modules say it. A LoKr of two full factors has scale 1 there.
+the first one. A path cannot be told from its name, so the base's own modules say it. A LoKr of two full factors has scale 1 there. A core's shape ends
+in the kernel's own sizes, where PEFT's has two dimensions at least.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,48 +31,57 @@ from lorakit.sites import adaptable, site_for
 
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris")
 TEXT = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS")
-TUCKER = "a Tucker core, which the house has no place for; mend: train it without (use_tucker/use_cp off), or merge it into its model"
-CONV = "this LoKr adapts a convolution, of which kohya's files cut the channels and the house the whole kernel"
+CUT = "this LoKr cuts {}, where kohya's files have W1 ⊗ W2 over the channels"
+CORES = ("t1", "t2")
 Leaves = dict[str, Tensor]
 
 
-def _lora(where: str, t: Leaves, alpha: float | None) -> Part:
+def _lora(where: str, t: Leaves, alpha: float | None, pixels: int) -> Part:
     A, B = t.pop("lora_down.weight"), t.pop("lora_up.weight")
     if (mid := t.pop("lora_mid.weight", None)) is not None:
         A = torch.einsum("ij...,jc->ic...", mid, A.flatten(1))
     return lora_part(where, A, B, alpha or A.shape[0])
 
 
-def _loha(where: str, t: Leaves, alpha: float | None) -> Part:
-    if "hada_t1" in t:
-        raise LorakitError(f"{where}: this LoHa has {TUCKER}")
-    leaves = {k: t.pop(f"hada_{k}") for k in ("w1_a", "w1_b", "w2_a", "w2_b")}
+def _loha(where: str, t: Leaves, alpha: float | None, pixels: int) -> Part:
+    tucker = "hada_t1" in t
+    leaves = {k: t.pop(f"hada_{k}") for k in ("w1_a", "w1_b", "w2_a", "w2_b", *(("t1", "t2") if tucker else ()))}
     r = leaves["w1_b"].shape[0]
-    if any(leaves[k].shape[1] != r for k in ("w1_a", "w2_a")) or leaves["w2_b"].shape != leaves["w1_b"].shape:
+    method = LoHa(r, float(alpha or r), tucker=tucker, kernel=pixels)
+    out, width = leaves["w1_a"].shape[int(tucker)], leaves["w1_b"].shape[1]
+    if not _fits(method, out, width * pixels if tucker else width, leaves):
         raise LorakitError(f"{where}: the factors of this LoHa do not fit each other: {', '.join(f'{k} {list(v.shape)}' for k, v in leaves.items())}")
-    return Part(LoHa(r, float(alpha or r)), leaves)
+    return Part(method, _pefts(leaves))
 
 
-def _lokr(where: str, t: Leaves, alpha: float | None) -> Part:
-    if "lokr_t2" in t:
-        raise LorakitError(f"{where}: this LoKr has {TUCKER}")
-    leaves = {k.removeprefix("lokr_"): t.pop(k) for k in list(t) if k.startswith("lokr_w")}
-    if any(x.dim() > 2 for x in leaves.values()):
-        raise LorakitError(f"{where}: {CONV}")
-    sizes = [(leaves[n].shape[0], leaves[n].shape[1]) if n in leaves else (leaves[f"{n}_a"].shape[0], leaves[f"{n}_b"].shape[1]) for n in ("w1", "w2")]
-    (l, m), (k, n) = sizes
-    ranks = [leaves[f].shape[1] for f in ("w1_a", "w2_a") if f in leaves]
+def _lokr(where: str, t: Leaves, alpha: float | None, pixels: int) -> Part:
+    leaves = {k.removeprefix("lokr_"): t.pop(k) for k in list(t) if k.startswith(("lokr_w", "lokr_t2"))}
+    tucker = "t2" in leaves
+    l, m = leaves["w1"].shape if "w1" in leaves else (leaves["w1_a"].shape[0], leaves["w1_b"].shape[1])
+    k, n = leaves["w2"].shape[:2] if "w2" in leaves else (leaves["w2_a"].shape[int(tucker)], leaves["w2_b"].shape[1])
+    n = n if "w2" in leaves or tucker else n // max(pixels, 1)
+    ranks = [leaves[f].shape[0] for f in ("w1_b", "w2_b") if f in leaves]
     r = ranks[0] if ranks else max(k, n)
     alpha = float(alpha or r) if ranks else float(r)
     for factor in (-1, l, m):
-        method = LoKr(r, alpha, factor, "w1_a" in leaves)
-        if {f: tuple(s) for f, s in method.shapes(l * k, m * n).items()} == {f: tuple(x.shape) for f, x in leaves.items()}:
-            return Part(method, leaves)
+        method = LoKr(r, alpha, factor, "w1_a" in leaves, tucker=tucker, kernel=pixels)
+        if _fits(method, l * k, m * n * max(pixels, 1), leaves):
+            return Part(method, _pefts(leaves))
     raise LorakitError(f"{where}: its Kronecker factors ({l}, {m}) and ({k}, {n}) of rank {r} are cut in a way that the house has not "
                        "(unbalanced_factorization, or one rank beyond its factor)")
 
 
-KINDS: dict[str, Callable[[str, Leaves, float | None], Part]] = {
+def _fits(method: Method, o: int, i: int, leaves: Leaves) -> bool:
+    """Whether these are the method's leaves on a layer of o outputs and i inputs, up to the dimensions of a kernel."""
+    return {f: tuple(s) for f, s in method.shapes(o, i).items()} == {f: tuple(x.flatten(1).shape) for f, x in leaves.items()}
+
+
+def _pefts(leaves: Leaves) -> Leaves:
+    """The leaves with cores of two dimensions of pixels at least."""
+    return {k: t[..., None] if k in CORES and t.dim() == 3 else t for k, t in leaves.items()}
+
+
+KINDS: dict[str, Callable[[str, Leaves, float | None, int], Part]] = {
     "lora_down.weight": _lora, "hada_w1_a": _loha, "lokr_w1": _lokr, "lokr_w1_a": _lokr}
 
 
@@ -111,7 +122,7 @@ class Kohya(Format):
     def unfit(self, part):
         core = part.method.inner if isinstance(part.method, Magnitude) else part.method
         if type(core) in (LoHa, LoKr):
-            return CONV if type(core) is LoKr and any(t.dim() > 2 for t in part.leaves.values()) else None
+            return CUT.format("in the other order") if type(core) is LoKr and core.swapped else None
         return not_lora(part, magnitude=True, lookup=False, slides=True)
 
     def write(self, source, out, model, prefix=None, **options: Any):
@@ -122,9 +133,7 @@ class Kohya(Format):
         tensors, folded = {}, 0
         for path, part in parts.items():
             module = names_of(model).get(path) if model is not None else None
-            if module is not None and isinstance(part.method.core, LoKr) and site_for(module).slides:
-                raise LorakitError(f"{path}: {CONV}; mend: rank=R, for a plain LoRA")
-            part, turned = _full_kronecker(part)
+            part, turned = _full_kronecker(_on(path, part, module))
             folded += turned
             tensors |= {f"{flat(prefix, path)}.{k}": t.contiguous() for k, t in _tensors(part).items()}
         save_file(tensors, str(out), metadata={"format": "pt", "ss_network_module": _module(parts), "ss_base_model_name": str(source.base or "")})
@@ -175,13 +184,12 @@ def _part(where: str, tensors: Leaves, module: nn.Module) -> Part:
         raise LorakitError(f"{where}: holds {', '.join(t)}, which is no LoRA, LoHa or LoKr")
     alpha, scale = t.pop("alpha", None), t.pop("dora_scale", None)
     try:
-        part = KINDS[kind](where, t, None if alpha is None else float(alpha))
+        site = site_for(module)
+        part = KINDS[kind](where, t, None if alpha is None else float(alpha), math.prod(site.raw[1:]) if site.slides else 0)
     except KeyError as e:
         raise LorakitError(f"{where}: the tensor {e} is missing; it holds {', '.join(tensors)}") from None
     if t:
         raise LorakitError(f"{where}: holds `{next(iter(t))}`, which this reader does not know")
-    if isinstance(part.method, LoKr) and site_for(module).slides:
-        raise LorakitError(f"{where}: {CONV}")
     return part if scale is None else _with_magnitude(where, part, scale, module)
 
 
@@ -199,6 +207,21 @@ def _full_kronecker(part: Part) -> tuple[Part, bool]:
     if not isinstance(core, LoKr) or not {"w1", "w2"} <= part.leaves.keys() or core.alpha == core.r:
         return part, False
     return times(replace(part, method=part.method.having(alpha=float(core.r))), "w2", core.alpha / core.r), True
+
+
+def _on(path: str, part: Part, module: nn.Module | None) -> Part:
+    """The adapter with its cores as this layer's kernel has them. LorakitError where a kernel makes a difference and the layer is not known."""
+    core, cores = part.method.core, [k for k in CORES if k in part.leaves]
+    if not isinstance(core, LoKr) and not cores:
+        return part
+    if module is None:
+        if core.kernel > 1 or any(t.dim() > 2 for t in part.leaves.values()):
+            raise LorakitError(f"{path}: its convolution's kernel cannot be told without the base; mend: give base")
+        return part
+    site = site_for(module)
+    if bool(core.kernel) != site.slides:
+        raise LorakitError(f"{path}: {CUT.format('the whole kernel')}; mend: rank=R, for a plain LoRA")
+    return replace(part, leaves=dict(part.leaves) | {k: part.leaves[k].flatten(2).unflatten(2, site.raw[1:]) for k in cores})
 
 
 def _tensors(part: Part) -> Leaves:

@@ -54,10 +54,11 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _digests(t: Tensor) -> dict[str, Any]:
     flat = t.detach().to("cpu").contiguous().reshape(-1)
-    return {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "exact": _sha(flat), "values": _sample(t)}
+    return {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "exact": _sha(flat), "values": sample(t)}
 
 
-def _sample(t: Tensor) -> str:
+def sample(t: Tensor) -> str:
+    """The digest `values` of a tensor, whatever dtype it is kept in."""
     flat = t.detach().reshape(-1)
     few = flat[:: max(1, -(-flat.numel() // SAMPLE))].cpu()
     return _sha(few.to(torch.bfloat16) if t.is_floating_point() else few)
@@ -78,7 +79,7 @@ def fingerprint(model: nn.Module) -> dict[str, dict[str, Any]]:
         raise LorakitError("the base cannot be fingerprinted while adapters are merged into it; mend: lorakit.unmerge(model)")
     together = sharded(model)
     tensors = {n: t for n, t in base_tensors(model).items() if t.device.type != "meta"}
-    taken_of = {n: (p.data_ptr(), p._version, _sample(p)) for n, t in tensors.items() for p in [part(t)]} if state else None
+    taken_of = {n: (p.data_ptr(), p._version, sample(p)) for n, t in tensors.items() for p in [part(t)]} if state else None
     known = bool(state and state.prints and state.prints[0] == taken_of)
     if every(known) if together else known:
         return state.prints[1]

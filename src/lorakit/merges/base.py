@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError, near
-from lorakit.kernels.svd import lower_rank
-from lorakit.merges.select import Cuts, kth_largest
+from lorakit.kernels.svd import fast_svd, lower_rank
+from lorakit.merges.select import Cuts, largest
 from lorakit.merges.spaces import SPACES
 from lorakit.method import checked, choice
 
 RULES: dict[str, type[Rule]] = {}
 SCOPES = ("tensor", "global")  # of a threshold or an angle: one for each target, or one for all targets of an adapter
+BLOCK = 1 << 18  # numbers of a matrix that are worked on at a time: what a rule makes on its way stays in the processor's cache, and needs no memory
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,21 @@ class Vector:
         if self.factors is None and other.factors is not None:
             return other.dot(self)
         if self.factors is None:
-            return float((self.matrix.double() * other.matrix.double()).sum())
+            return sum(float((a.double() * b.double()).sum()) for a, b in blocks(self.matrix, other.matrix))
         B, A = (t.double() for t in self.factors)
         if other.factors is None:
-            return float(((B.mT @ other.matrix.double()) * A).sum())
+            return float((sum(b.mT @ m.double() for b, m in blocks(B, other.matrix)) * A).sum())
         B2, A2 = (t.double() for t in other.factors)
         return float(((B.mT @ B2) * (A @ A2.mT)).sum())
 
     def norm(self) -> float:
         return math.sqrt(max(self.dot(self), 0.0))
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of each of several matrices (…, o, ·), all rows in the end."""
+    rows = max(1, BLOCK * tensors[0].shape[-2] // max(max(t.numel() for t in tensors), 1))
+    return zip(*(t.split(rows, -2) for t in tensors), strict=True)
 
 
 def total(vectors: Sequence[Vector], coefficients: Sequence[float]) -> Vector:
@@ -134,6 +141,10 @@ class Rule(ABC):
 
     def check(self, weights: Sequence[float]) -> None:
         """LorakitError where a rule cannot do with these weights."""
+
+    def without_base(self, weights: Sequence[float]) -> None:
+        """LorakitError unless whole weights can be mixed as updates are: what the rule makes of equal ones is the same again."""
+        raise LorakitError(f"{self.name} works on what was added to a base; mend: base=, or --base")
 
     def survey(self, stream: Stream, n: int) -> Any:
         """What must be known of all targets before the first is merged; None where nothing must."""
@@ -209,8 +220,11 @@ class Elementwise(Rule):
 
     def merge(self, vectors, weights, at):
         tensors, back = SPACES[self.space](vectors)
-        cuts = at.whole or [[kth_largest(t, int(s * t.numel())) for s in self.kept] for t in tensors]
-        return Vector(**back(self.combine(tensors, weights, cuts, at.gen)))
+        cuts = at.whole or [largest(t, self.kept, BLOCK) for t in tensors]
+        out = torch.empty_like(tensors[0])
+        for to, *some in blocks(out, *tensors):
+            to.copy_(self.combine(some, weights, cuts, at.gen))
+        return Vector(**back(out))
 
 
 def space() -> Any:
@@ -223,10 +237,11 @@ def scope() -> Any:
 
 
 @torch.no_grad()
-def project(v: Vector, rank: int | None) -> tuple[Tensor, Tensor, float, float]:
+def project(v: Vector, rank: int | None, niter: int = 0, more: int = 0) -> tuple[Tensor, Tensor, float, float]:
     """B (…, o, q), A (…, q, i) of this rank nearest to a task vector (Eckart and Young); the norm of what is left out, and of the vector.
 
-    rank None: its own, exactly. A matrix D with o ≤ i: D Dᵀ = U diag(σ²) Uᵀ in float64, B = U_q, A = U_qᵀ D; else the same of Dᵀ.
+    rank None: its own, exactly. A matrix D with o ≤ i: D Dᵀ = U diag(σ²) Uᵀ in float64, B = U_q, A = U_qᵀ D; else the same of Dᵀ. niter above 0, of a
+    matrix: nearly so, by that many rounds of subspace iteration on q + more directions (arXiv 0909.4061); what is left out is measured all the same.
     """
     *_, o, i = v.shape
     most = min(o, i)
@@ -238,6 +253,10 @@ def project(v: Vector, rank: int | None) -> tuple[Tensor, Tensor, float, float]:
             return B, A, 0.0, v.norm()
         return lower_rank(B, A, min(most, rank or most))
     q, D = min(rank or most, most), v.matrix.float()
+    if niter and q + more < most:
+        U, S, V = fast_svd(D, q + more, niter, torch.Generator().manual_seed(0))
+        B, A = U[..., :q] * S[..., None, :q], V[..., :q, :]
+        return B, A, math.sqrt(sum(float((d - b @ A).double().square().sum()) for d, b in blocks(D, B))), v.norm()
     S = D if o <= i else D.mT
     G = torch.zeros(*S.shape[:-1], S.shape[-2], dtype=torch.float64)
     for part in S.split(1024, -1):  # no copy of the whole in float64

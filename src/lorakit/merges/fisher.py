@@ -24,6 +24,9 @@ class Fisher(Rule):
         if min(weights) < 0:
             raise LorakitError(f"fisher: the weights must not be negative: {min(weights)}")
 
+    def without_base(self, weights):
+        pass
+
     def merge(self, vectors, weights, at):
         above, below = torch.zeros(vectors[0].shape), torch.zeros(vectors[0].shape)
         for v, w, F in zip(vectors, weights, at.stats, strict=True):

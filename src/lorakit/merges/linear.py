@@ -19,5 +19,9 @@ class Linear(Rule):
         if self.normalize and not sum(weights):
             raise LorakitError("linear: the weights sum to 0, so they cannot be normalised")
 
+    def without_base(self, weights):
+        if not self.normalize and abs(sum(weights) - 1) > 1e-6:
+            raise LorakitError(f"{self.name}: without a base, the weights must sum to 1, not {sum(weights):g}; mend: normalize=True, or base=")
+
     def merge(self, vectors, weights, at):
         return total(vectors, [w / sum(weights) for w in weights] if self.normalize else weights)

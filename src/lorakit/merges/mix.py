@@ -81,8 +81,8 @@ class Mixing:
     """Sources, a rule and weights that fit together: gives the merged factors of one target after the other."""
 
     def __init__(self, sources: Sequence[Source], rule: str, weights: Sequence[float] | None, rank: int | None, seed: int, stats: Sequence[Stats] | None,
-                 options: dict[str, Any]):
-        self.sources, self.rank, self.seed = sources, rank, seed
+                 options: dict[str, Any], niter: int = 0):
+        self.sources, self.rank, self.seed, self.niter = sources, rank, seed, niter
         self.rule: Rule = build(rule, ROWS, options)
         self.weights = [1.0] * len(sources) if weights is None else [float(w) for w in weights]
         every = dict.fromkeys(p for s in sources for p in s.paths)
@@ -106,6 +106,8 @@ class Mixing:
             raise LorakitError(f"mix: {name} finds its weights by itself; mend: leave the weights out")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise LorakitError(f"mix: the rank must be at least 1, not {self.rank}")
+        if not isinstance(self.niter, int) or self.niter < 0:
+            raise LorakitError(f"mix: niter must be at least 0, not {self.niter}")
         self.rule.check(w)
 
     def _opened(self, stats: Sequence[Stats] | None) -> list[Mapping[str, Tensor] | Any]:
@@ -142,19 +144,26 @@ class Mixing:
         return [Vector.zero(next(iter(shapes))) if v is None else v for v in found]
 
     @torch.no_grad()
-    def run(self, see: Callable[[str, list[Vector], Vector], None] | None = None) -> Iterator[tuple[str, Tensor, Tensor, float, float]]:
-        """(target, B, A, norm left out, norm of the merged update), one target at a time."""
+    def merged(self) -> Iterator[tuple[str, list[Vector], Vector]]:
+        """(target, its task vectors, what the rule makes of them), one target at a time."""
         whole = self.rule.survey(lambda: ((p, self.vectors(p)) for p in self.paths), len(self.sources))
         for path in self.paths:
             vectors = self.vectors(path)
-            self.size += sum((w * v.norm()) ** 2 for v, w in zip(vectors, self.weights, strict=True))
             stats = [s.get(path) for s in self.stats]
             for s, t in zip(self.sources, stats, strict=bool(stats)):
                 *_, o, i = vectors[0].shape
                 if t is not None and (tuple(t.shape) not in ((o, i), (i, i)) or not torch.isfinite(t).all()):
                     raise LorakitError(f"{path}: the statistics of {s.name} have shape {list(t.shape)}, or hold NaN; they are not of this target")
-            merged = self.rule.merge(vectors, self.weights, At(path, host.generator(self.seed, path), whole, stats))
-            B, A, left, norm = project(merged, self._rank(path, vectors, merged))
+            yield path, vectors, self.rule.merge(vectors, self.weights, At(path, host.generator(self.seed, path), whole, stats))
+            del vectors  # before the next are read
+
+    @torch.no_grad()
+    def run(self, see: Callable[[str, list[Vector], Vector], None] | None = None) -> Iterator[tuple[str, Tensor, Tensor, float, float]]:
+        """(target, B, A, norm left out, norm of the merged update), one target at a time."""
+        for path, vectors, merged in self.merged():
+            self.size += sum((w * v.norm()) ** 2 for v, w in zip(vectors, self.weights, strict=True))
+            rank = self._rank(path, vectors, merged)
+            B, A, left, norm = project(merged, rank, self.niter, sum(v.rank if v.factors else rank or 0 for v in vectors))
             if see is not None:
                 see(path, vectors, Vector((B, A)))
             yield path, B, A, left, norm
@@ -210,11 +219,11 @@ def _like(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
 
 
 def mix_on(model: nn.Module, names: Sequence[str], new_name: str, rule: str, weights: Sequence[float] | None, rank: int | None, seed: int,
-           stats: Sequence[Stats] | None, options: dict[str, Any]) -> Mixed:
+           stats: Sequence[Stats] | None, options: dict[str, Any], niter: int = 0) -> Mixed:
     """Adapters of a model as a new one beside them, not active."""
     if new_name in host.known(model, names).specs:
         raise LorakitError(f"the model has an adapter `{new_name}` already")
-    m = Mixing([OnModel(model, n) for n in names], rule, weights, rank, seed, stats, options)
+    m = Mixing([OnModel(model, n) for n in names], rule, weights, rank, seed, stats, options, niter)
     done = Mixed(new_name, rule, m.rule.to_dict(), m.weights, [{"adapter": n} for n in names])
     like = _like(model, names)
     put(model, new_name, _collect(m, done), **like, copies=m.copies())
@@ -237,18 +246,18 @@ def _collect(m: Mixing, done: Mixed, see: Callable | None = None) -> dict[str, t
 
 
 def mix(adapters: Sequence[str | Path], output: str | Path, rule: str, weights: Sequence[float] | None, rank: int | None, model: nn.Module | None, seed: int,
-        stats: Sequence[Stats] | None, check_base: bool, options: dict[str, Any]) -> Mixed:
+        stats: Sequence[Stats] | None, check_base: bool, options: dict[str, Any], niter: int = 0) -> Mixed:
     """Saved adapters as a new folder; all of it appears, checked, or nothing. model: their base, where it is at hand."""
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise LorakitError(f"{output} is there already; mend: another name, or take it away first")
     build(rule, ROWS, options)  # says what is wrong before anything is read
     folders = [Folder(a) for a in adapters]
-    notes = _one_base(folders) if check_base else []
+    notes = one_base(folders) if check_base else []
     before = _earlier(folders)
     with ExitStack() as stack:
         sources = [InFolder(f) for f in folders] if model is None else [loaded(model, f, n, check_base, stack) for n, f in enumerate(folders)]
-        m = Mixing(sources, rule, weights, rank, seed, stats, options)
+        m = Mixing(sources, rule, weights, rank, seed, stats, options, niter)
         done = Mixed(str(output), rule, m.rule.to_dict(), m.weights, [_said(f) for f in folders], notes=notes)
         like = None if model is None else _like(model, [s.adapter for s in sources])
 
@@ -257,6 +266,7 @@ def mix(adapters: Sequence[str | Path], output: str | Path, rule: str, weights: 
 
         factors, copies = _collect(m, done, see), m.copies()
     done.notes += [f"{p}: trained whole, so the weighted mean of its copies" for p in copies]
+    done.notes += [f"matrices brought to their rank by {niter} rounds of subspace iteration: nearly the nearest"] if niter else []
     done.summary = told.overall(done.modules)
     steps = [*before, *(lineage.entry(f, "mix")[-1] | {"weight": w} for f, w in zip(folders, m.weights, strict=True))]
     with new_folder(output) as tmp:
@@ -270,7 +280,7 @@ def mix(adapters: Sequence[str | Path], output: str | Path, rule: str, weights: 
     return done
 
 
-def _one_base(folders: Sequence[Folder]) -> list[str]:
+def one_base(folders: Sequence[Folder]) -> list[str]:
     """Notes. LorakitError where two adapters were trained on different bases."""
     first, notes = next((f for f in folders if f.receipt), None), []
     for f in folders:

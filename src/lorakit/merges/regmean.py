@@ -30,6 +30,9 @@ class RegMean(Rule):
         if min(weights) < 0:
             raise LorakitError(f"regmean: the weights must not be negative: {min(weights)}")
 
+    def without_base(self, weights):
+        pass
+
     def merge(self, vectors, weights, at):
         if any(G is None for G in at.stats):
             return total(vectors, [w / sum(weights) for w in weights])

@@ -19,6 +19,13 @@ def kth_largest(t: Tensor, k: int) -> float:
     return float(t.abs().reshape(-1).kthvalue(t.numel() - min(k, t.numel()) + 1).values)
 
 
+def largest(t: Tensor, shares: Sequence[float], block: int) -> list[float]:
+    """For every share, the int(share · N)-th largest of N magnitudes; beyond `block` numbers without a second tensor of that size."""
+    if t.numel() <= block:
+        return [kth_largest(t, int(s * t.numel())) for s in shares]
+    return Cuts.of(lambda: ([piece] for piece in t.reshape(-1).split(block)), 1, shares)[0].found if shares else []
+
+
 @dataclass
 class Cuts:
     """Thresholds of one long sequence of numbers, read in pieces: for every share, its int(share · N)-th largest magnitude, exactly.

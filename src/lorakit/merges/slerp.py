@@ -25,6 +25,9 @@ class SLERP(Spanning):
         if min(weights) < 0 or not sum(weights):
             raise LorakitError(f"slerp: the weights must not be negative, and not both 0: {weights[0]}, {weights[1]}")
 
+    def without_base(self, weights):
+        pass
+
     def coefficients(self, G, weights):
         t, cos = weights[1] / sum(weights), float(cosines(G)[0, 1])
         if abs(cos) > PARALLEL or not (G.diagonal() > 0).all():

@@ -79,9 +79,10 @@ class InFolder:
         if method.bias(p, None) is not None:
             raise _biased(self.name, path, method)
         odd = any(t.dim() > 2 for t in part.leaves.values()) and type(method) is not LoRA
-        if odd or p.keys() != method.leaves.keys() or any(set("oi") <= set(leaf.axes.split()) for leaf in method.leaves.values()):
+        odd = odd or any((k not in p and not leaf.only) or set("oi") <= set(leaf.axes.split()) for k, leaf in method.leaves.items())
+        if odd:
             raise self._needs_base(f"{path}: {method.core.name} does not keep all that makes its update in its own tensors")
-        return _vector(method, p, None) or self._dense(path, method, p)
+        return factored(method, p) or self._dense(path, method, p)
 
     def _dense(self, path: str, method: Method, p: dict[str, Tensor]) -> Vector:
         def weight() -> Tensor:
@@ -119,14 +120,13 @@ class OnModel:
             raise LorakitError(f"{self.name}: {path}: its start was taken out of the base in memory; mend: lorakit.save it, and mix the folder")
         if method.bias(p, site.bias) is not site.bias:
             raise _biased(self.name, path, method)
-        one = None if method.replaces or method.two(slot.first(self.adapter)) is None else slot
-        if one is not None:
-            return _vector(method, p, slot)
+        if not method.replaces and method.two(slot.first(self.adapter)) is not None:
+            return factored(method, p, slot)
         W = slot.map({}).weight()
         return Vector(matrix=each(site, method, method.weight, p, W) - W)
 
 
-def _vector(method: Method, p: Mapping[str, Tensor], slot: host.Slot | None) -> Vector | None:
+def factored(method: Method, p: Mapping[str, Tensor], slot: host.Slot | None = None) -> Vector | None:
     """The product of two factors that an update is; None where it is none."""
     two = method.two(dict(p)) if slot is None else each(slot.site, method, method.two, dict(p))
     return two and Vector(tuple(t.detach() for t in two), scale=method.s if type(method) is LoRA else 1.0)
