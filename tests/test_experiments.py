@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -576,6 +577,73 @@ def test_the_choice_of_a_learning_rate():
     assert told({1.0: result(0.2), 2.0: result(math.nan), 3.0: result(0.9, status="failed")}) == (1.0, True), "what diverged or failed is not chosen"
     none = rates.choose("a", {1.0: result(math.nan), 2.0: result(0.9, status="failed")}, "accuracy", True)
     assert none["rate"] is None and none["errors"] == {"2": "boom"} and none["seconds"] == 4.0
+
+
+def tuning_stamps(out: Path) -> dict[str, int]:
+    return {f.parent.name: f.stat().st_mtime_ns for f in out.glob("*/tune-*/result.json")}
+
+
+def test_a_grid_that_ends_too_early_goes_on_until_the_best_is_inside(base, tmp_path):
+    """Stopped between two trials past the grid: what is finished stays, and the answer is that of a run in one go."""
+    tune = TUNE | {"learning_rate": [1e-4, 1e-3], "extend": 4}
+    what = untuned(base, tmp_path, cells=[{"name": "lora", "adapter": {"r": 4}}], tune=tune, seeds=1)
+    out = tmp_path / "out"
+
+    def killed(text):
+        if text.startswith("[") and "learning rate 0.01 " in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        e.compare(s.parse(what), say=killed)
+    before = tuning_stamps(out)
+    assert set(before) == {"tune-0.0001", "tune-0.001", "tune-0.01"} and not (out / "comparison.json").exists() and ("lora", 0) not in results(out)
+    said = []
+    rec = e.compare(s.parse(what), say=said.append)
+    now = tuning_stamps(out)
+    assert len(now) > len(before) and all(now[k] == at for k, at in before.items()), "a finished trial was run again"
+    (one,), (row,) = rec["tuning"], rec["cells"]
+    rates = [float(r) for r in one["values"]]
+    assert rates[:3] == [1e-4, 1e-3, 1e-2] and 4 <= len(rates) <= 6 and all(b / a == pytest.approx(10) for a, b in itertools.pairwise(rates))
+    assert one["rate"] == min(rates, key=lambda r: one["values"][f"{r:g}"]) > 1e-3 and rates[-1] > one["rate"] and not one["edge"]
+    assert row["rates_tried"] == len(rates) and row["learning_rate"] == one["rate"] and row["rate_at_edge"] is False
+    text, lines = (out / "comparison.md").read_text(), (out / "comparison.csv").read_text().splitlines()
+    assert "every cell with up to 4 trials more" in text and f"lora {one['rate']:g} ({len(rates)} tried)" in text and "| lr | tried |" in text
+    assert dict(zip(*(line.split(",") for line in lines[:2]), strict=False))["rates_tried"] == str(len(rates))
+    said.clear()
+    assert e.compare(s.parse(what), say=said.append)["cells"] == rec["cells"] and not [line for line in said if line.startswith("[")], "nothing is run again"
+    straight = e.compare(s.parse(what | {"output": str(tmp_path / "straight")}), **QUIET)
+    assert [t["values"] for t in straight["tuning"]] == [t["values"] for t in rec["tuning"]]
+    assert [c["values"] for c in straight["cells"]] == [c["values"] for c in rec["cells"]]
+
+
+def test_no_cell_has_more_trials_than_its_share_and_an_edge_that_stays_is_said(base, tmp_path):
+    what = untuned(base, tmp_path, cells=[{"name": "lora", "adapter": {"r": 4}}], tune=TUNE | {"learning_rate": [1e-6, 1e-5], "extend": 1}, seeds=1)
+    rec = e.compare(s.parse(what), **QUIET)
+    assert list(rec["tuning"][0]["values"]) == ["1e-06", "1e-05", "0.0001"] and rec["cells"][0]["rate_at_edge"]
+    assert "0.0001 is at the edge of the 3 rates tried" in (tmp_path / "out" / "comparison.md").read_text()
+    kept = tuning_stamps(tmp_path / "out")
+    alone = e.compare(s.parse(what | {"tune": what["tune"] | {"extend": 0}, "output": str(tmp_path / "plain")}), **QUIET)
+    assert alone["tuning"][0]["values"] == {k: v for k, v in rec["tuning"][0]["values"].items() if k != "0.0001"} and "extend" not in str(alone["tuning"])
+    assert "| lr | seeds" not in (md := (tmp_path / "plain" / "comparison.md").read_text()) and "tried" not in md.split("\n\n")[1]
+    with pytest.raises(LorakitError, match=r"lora seed 0 \(train.learning_rate: 0.0001 → 0.001\).*--again"):
+        e.compare(s.parse(what | {"tune": what["tune"] | {"extend": 2}}), **QUIET)
+    assert all(tuning_stamps(tmp_path / "out")[k] == at for k, at in kept.items()), "a longer walk begins where the shorter one ended"
+
+
+def test_the_next_rate_keeps_the_ratio(base, tmp_path):
+    """Down as well as up, from either end's own ratio, and not where the best is inside, has failed, or nothing is left."""
+    c = s.parse(untuned(base, tmp_path, cells=[{"name": "a", "adapter": "lora"}], tune=TUNE | {"learning_rate": [1e-3, 4e-3, 4e-2], "extend": 1}))
+
+    def onward(*values):
+        for t, v in zip(c.tuning, values, strict=True):
+            t.folder.mkdir(parents=True, exist_ok=True)
+            result = {"status": "ok", "metrics": {"after": {"eval_loss": v}}} if v is not None else {"status": "failed", "error": "boom"}
+            (t.folder / "result.json").write_text(json.dumps(result))
+        return [(t.tunes, t.run.train.learning_rate, t.folder.name) for t in rates.onward(c, c.tuning, "eval_loss")]
+
+    assert onward(3.0, 2.0, 1.0) == [(0.4, 0.4, "tune-0.4")] and onward(1.0, 2.0, 3.0) == [(2.5e-4, 2.5e-4, "tune-0.00025")]
+    assert onward(3.0, 1.0, 2.0) == onward(3.0, 1.0, None) == onward(None, None, None) == []
+    assert c.tuning[0].trying(0.4).settings() == c.tuning[-1].settings() | {"train.learning_rate": 0.4}
 
 
 def test_a_cell_that_cannot_be_tuned_is_a_row_and_an_edge_is_said(base, tmp_path):

@@ -10,7 +10,7 @@ The file has the keys of `lorakit train` (base, data, train, eval), which hold f
     budget: {tokens: 200000}          # or steps, or seconds inside training steps (with lr_scheduler_type: constant)
     metric: eval_loss                 # or perplexity, accuracy, f1, exact_match, rouge_l, bleu, preference_accuracy
     metrics: [rouge_l, bleu]          # measured besides (packages: pip install 'lorakit[metrics]'); f1 where rows have classes
-    tune: {learning_rate: [1e-3, 3e-3, 1e-2], budget: {steps: 40}, seed: 1000, fraction: 0.1}
+    tune: {learning_rate: [1e-3, 3e-3, 1e-2], budget: {steps: 40}, seed: 1000, fraction: 0.1, extend: 3}
     forgetting: other.jsonl           # other data, its loss before and after; or {data: …, limit: 200}
     cells:
       - {name: base, base: true}      # the untouched base; the same as adapter: none
@@ -24,11 +24,13 @@ The file has the keys of `lorakit train` (base, data, train, eval), which hold f
     output: runs/comparison
 
 `tune` tries every learning rate of the grid on every cell with one budget and a seed of its own. What judges is a `fraction` of the
-training rows, on which the trials do not train; the final evaluation is not seen. The best rate serves all seeds of its cell; the
-report shows what each chose and says where the choice is the first or last of the grid. Without `data.eval` the held-out part is the
-same for all seeds; `data: {split_seed: 1}` is another one. With `backend: peft` the options are those of PEFT's configurations (any of
-them: `method: ia3`, `vera`, `oft`, …; dora, rslora, pissa and olora are its LoraConfig with a switch), and the learning loop, the order
-of the data, the loss and what is measured are the same as for lorakit's cells.
+training rows, on which the trials do not train; the final evaluation is not seen. The best rate serves all seeds of its cell. Where the
+best is the first or last of the grid, `extend` (0 by default) lets the cell go on past it by the same ratio, until the best is inside or
+so many trials more were used: as many at most for every cell. The report shows what each cell tried and chose, how many trials it used,
+and says where the choice is still the first or last of them. Without `data.eval` the held-out part is the same for all seeds;
+`data: {split_seed: 1}` is another one. With `backend: peft` the options are those of PEFT's configurations (any of them: `method: ia3`,
+`vera`, `oft`, …; dora, rslora, pissa and olora are its LoraConfig with a switch), and the learning loop, the order of the data, the loss
+and what is measured are the same as for lorakit's cells.
 
 Each cell with each seed is a run folder, made in a process of its own, so that peak memory is its own (on a CPU with Python and its
 libraries in it) and a failure is a row with its error. Time is that of the training steps alone. `saved` is what the forward pass of
@@ -78,7 +80,8 @@ def compare(
         budget = ", ".join(f"{v:g} {k}" for k, v in c.trials[0].budget.items()) or "none: `train` says how long"
         if c.tuning:
             grid = ", ".join(f"{t.tunes:g}" for t in c.tuning if t.cell == c.tuning[0].cell)
-            out.print(f"tuning: {len(c.tuning)} trials before them, learning_rate {grid}; what is finished is told when it runs", markup=False)
+            more = f", up to {c.settings.tune.extend} more for each cell whose best is the last" * bool(c.settings.tune.extend)
+            out.print(f"tuning: {len(c.tuning)} trials before them, learning_rate {grid}{more}; what is finished is told when it runs", markup=False)
         out.print(f"{sum(run for *_, run in todo)} runs; budget of each: {budget}; nothing was run or written", markup=False)
         return
     command = shlex.join(["lorakit", "compare", str(config), *["--again"] * again, *(["--jobs", str(jobs)] if jobs > 1 else [])])

@@ -41,7 +41,7 @@ def plan(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default the checkpoint's")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd")] = "adamw",
     task: Annotated[str, typer.Option(help="causal-lm or sequence-classification")] = "causal-lm",
-    quantize: Annotated[str | None, typer.Option(help="how the linear layers are kept: nf4, nf3, nf2, int8, int6, int4, int3 or int2")] = None,
+    quantize: Annotated[str | None, typer.Option(help="how the linear layers are kept: nf4, nf3, nf2, or int8, int7, … int2")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with gradient checkpointing")] = False,
     memory: Annotated[str | None, typer.Option(help="what there is, e.g. 16GB: says what fits")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an option of the adapter, e.g. --set r=16")] = None,

@@ -22,7 +22,7 @@ from lorakit.cli.app import app, out, quiet
 def quantize(
     base: Annotated[str, typer.Argument(help="model folder or hub name")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder of the quantised model")],
-    scheme: Annotated[str, typer.Option(help="nf4, nf3, nf2, int8, int6, int4, int3 or int2")] = "nf4",
+    scheme: Annotated[str, typer.Option(help="nf4, nf3, nf2, or int8, int7, … int2")] = "nf4",
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an option of the scheme, e.g. --set block=32")] = None,
     bits: Annotated[float | None, typer.Option(help="bits a weight on average; the schemes are chosen for it")] = None,
     dtype: Annotated[str, typer.Option(help="what the other tensors are kept as: auto, float32, bfloat16 or float16")] = "auto",

@@ -1,7 +1,7 @@
 """A comparison: learning rates are tuned, then every cell runs with every seed, each in a process of its own; then the table.
 
     runs/comparison/<cell>/seed-<n>/      a run folder with cell.json (what it is) and result.json (how it ended)
-    runs/comparison/<cell>/tune-<rate>/   the same, of a trial that chooses the learning rate
+    runs/comparison/<cell>/tune-<rate>/   the same, of a trial that chooses the learning rate, of the grid or past its end
     runs/comparison/tuning/               the rows that these trials train on and are judged by
     runs/comparison/report.html  comparison.md  .csv  .json
 
@@ -17,10 +17,10 @@ from lorakit.errors import LorakitError
 from lorakit.experiments import machine, page, table
 from lorakit.experiments.config import METRICS, Compare
 from lorakit.experiments.locks import shared
-from lorakit.experiments.rates import choices, early, on_rows_of_their_own
+from lorakit.experiments.rates import choices, early, on_rows_of_their_own, onward
 from lorakit.experiments.runs import Say, digest, failed, plan, run_all
 from lorakit.formats.files import read_json, writing
-from lorakit.training.prepare import Prepared, prepare
+from lorakit.training.prepare import Prepared, of_tasks, prepare
 
 
 def metric(c: Compare, p: Prepared) -> str:
@@ -52,21 +52,26 @@ def compare(c: Compare, *, again: bool = False, jobs: int = 1, say: Say = print,
     """Runs what is not finished and returns what `comparison.json` holds. A cell that fails is a row with its error."""
     if jobs < 1:
         raise LorakitError(f"--jobs must be at least 1, not {jobs}")
-    with shared(c.output, digest([t.settings() for t in [*c.tuning, *c.trials]])):
-        p = prepare(c.trials[0].run)
+    tune = c.settings.tune and c.settings.tune.model_dump()
+    with shared(c.output, digest([tune, *(t.settings() for t in [*c.tuning, *c.trials])])):
+        p = prepare(next((t.run for t in c.trials if of_tasks(t.run)), c.trials[0].run))  # with the rows' tasks where a cell trains by them
         name = metric(c, p)
         begun, chosen = time.time(), {}
         if c.tuning:
             trials = on_rows_of_their_own(c, p)
             todo = plan(trials, again)
-            plan(early(c, trials, todo, name), again)
-            left = sum(run for *_, run in todo)
-            say(f"tuning: {len({t.cell for t in trials})} cells × {len(c.settings.tune.learning_rate)} learning rates: {left} to run, "
-                f"{len(todo) - left} finished before")
-            run_all(todo, jobs, begun, say, name)
+            plan(early(c, trials, todo, name, again), again)
+            what = f"{len({t.cell for t in trials})} cells × {len(c.settings.tune.learning_rate)} learning rates"
+            while todo:
+                left = sum(run for *_, run in todo)
+                say(f"tuning: {what}: {left} to run, {len(todo) - left} finished before")
+                run_all(todo, jobs, begun, say, name)
+                more = onward(c, trials, name)
+                trials, todo, what = [*trials, *more], plan(more, again), f"one rate past the last, {len(more)} cells"
             chosen = choices(c, trials, name)
             for one in chosen.values():
-                say(f"{one['cell']}: learning rate " + (f"{one['rate']:g}" + ", at the edge of the grid" * one["edge"] if one["rate"] else "not found"))
+                edge = f", at the edge of the {len(one['values'])} tried" * one["edge"]
+                say(f"{one['cell']}: learning rate " + (f"{one['rate']:g}{edge}" if one["rate"] else "not found"))
         finals = [t.rated(chosen[t.cell]["rate"]) if chosen.get(t.cell, {}).get("rate") else t for t in c.trials]
         todo = plan(finals, again)
         stuck = {cell for cell, one in chosen.items() if one["rate"] is None}
@@ -86,7 +91,7 @@ def compare(c: Compare, *, again: bool = False, jobs: int = 1, say: Say = print,
         for row in record["cells"]:
             one = chosen.get(row["cell"])
             row |= {"learning_rate": next(t.run.train.learning_rate for t in finals if t.cell == row["cell"]) if row["kind"] != "none" else None,
-                    "rate_at_edge": one["edge"] if one else None}
+                    "rate_at_edge": one["edge"] if one else None, "rates_tried": len(one["values"]) if one else None}
         with writing(c.output) as w:
             w.json("comparison.json", record)
             w.text("comparison.csv", table.csv(record))

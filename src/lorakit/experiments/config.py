@@ -44,12 +44,13 @@ class Tune(Part):
     budget: Budget = Field(..., description="of each trial")
     seed: int = Field(1000, ge=0, description="of the trials, and of the rows that judge them; none of `seeds`")
     fraction: float = Field(0.1, gt=0, lt=1, description="share of the training rows that judges and does not train")
+    extend: int = Field(0, ge=0, description="trials more, at most, past the grid's end while the best rate is the last one there; the same for all cells")
 
     @field_validator("learning_rate")
     @classmethod
     def _grid(cls, v: list[float]) -> list[float]:
-        if len(set(v)) < 2 or len(set(v)) < len(v) or not all(0 < x < float("inf") for x in v):
-            raise ValueError("a grid is two different rates at least, all above 0")
+        if len(v) < 2 or len({f"{x:g}" for x in v}) < len(v) or not all(0 < x < float("inf") for x in v):
+            raise ValueError("a grid is two different rates at least, all above 0, that differ in six digits")
         return sorted(v)
 
 
@@ -180,6 +181,11 @@ class Trial:
         """The same with this learning rate."""
         return replace(self, run=self.run.model_copy(update={"train": self.run.train.model_copy(update={"learning_rate": rate})}))
 
+    def trying(self, rate: float) -> Trial:
+        """The trial of this learning rate, in a folder beside this one."""
+        run = self.run.model_copy(update={"output": str(self.folder.parent / f"tune-{rate:g}")})
+        return replace(self, run=run, tunes=rate).rated(rate)
+
     def on(self, data: dict[str, Any]) -> Trial:
         """The same with these settings of `data`."""
         return replace(self, run=self.run.model_copy(update={"data": self.run.data.model_copy(update=data)}))
@@ -305,15 +311,15 @@ def parse(raw: Mapping[str, Any], where: str = "configuration") -> Compare:
     extra = tuple(dict.fromkeys([*s.metrics, *([s.metric] if s.metric in EXTRA else [])]))
     rest = {"extra": extra, "forgetting": s.forgetting.model_dump() if s.forgetting else None}
     for name, settings, cell in rows:
-        def one(seed: int, folder: str, budget: Budget | None, rate: float | None = None, name=name, settings=settings, cell=cell) -> Trial:
+        def one(seed: int, folder: str, budget: Budget | None, name=name, settings=settings, cell=cell) -> Trial:
             run = a_run(settings, seed, budget, Path(s.output) / name / folder, f"{where}: cell `{name}`")
             peft = {"method": cell.named(), **cell.options()} if cell.kind() == "peft" else None
-            trial = Trial(name, seed, run, cell.kind(), amount(budget), peft, tunes=rate, **rest)
-            return trial.rated(rate) if rate else trial
+            return Trial(name, seed, run, cell.kind(), amount(budget), peft, **rest)
 
         trials += [one(seed, f"seed-{seed}", s.budget) for seed in s.seeds]
         if s.tune and cell.kind() != "none":
-            tuning += [one(s.tune.seed, f"tune-{rate:g}", s.tune.budget, rate) for rate in s.tune.learning_rate]
+            first = one(s.tune.seed, "tune", s.tune.budget)
+            tuning += [first.trying(rate) for rate in s.tune.learning_rate]
     return Compare(s, trials, tuning)
 
 

@@ -80,6 +80,8 @@ def _columns(record: dict[str, Any]) -> list[tuple[str, str, str, Any]]:
         out.insert(0, ("before", "before", "", lambda c: human(c["before"])))
     if record["tuning"]:
         out.append(("learning_rate", "learning rate", "", lambda c: _rate(c)))
+        if table.further(record):
+            out.append(("rates_tried", "rates tried", "", lambda c: human(c["rates_tried"], "count")))
     for k in dict.fromkeys(k for c in cells for k in c["metrics"]):
         out.append((k, k.replace("_", " "), "", lambda c, k=k: human(c["metrics"].get(k))))
     if any(c["forgetting"] is not None for c in cells):
@@ -99,7 +101,7 @@ def _same(record: dict[str, Any]) -> str:
 
 
 def _rate(c: dict[str, Any]) -> str:
-    edge = ' <span class="tag" title="the first or last of the grid: a wider grid might find a better one">edge</span>' * bool(c.get("rate_at_edge"))
+    edge = ' <span class="tag" title="the first or last that was tried: a wider grid might find a better one">edge</span>' * bool(c.get("rate_at_edge"))
     return "—" if c.get("learning_rate") is None else f"{c['learning_rate']:g}{edge}"
 
 
@@ -225,15 +227,15 @@ def _given(tree: Any) -> Any:
 def _tuning(record: dict[str, Any]) -> str:
     if not record["tuning"]:
         return ""
-    rates = list(dict.fromkeys(r for t in record["tuning"] for r in t["values"]))
+    rates = sorted({r for t in record["tuning"] for r in t["values"]}, key=float)
     heads = "".join(f'<th scope="col">{h}</th>' for h in ("configuration", *rates, "chosen", "time"))
     body = ""
     for t in record["tuning"]:
         chosen = f"{t['rate']:g}" if t["rate"] else "none"
-        lost = {r: "failed" if r in t["errors"] else "not finite" for r in rates}
-        shown = [f"<b>{human(v)}</b>" if r == chosen else lost[r] if v is None else human(v) for r, v in t["values"].items()]
+        lost = {r: "—" if r not in t["values"] else "failed" if r in t["errors"] else "not finite" for r in rates}
+        shown = [f"<b>{human(v)}</b>" if r == chosen else lost[r] if v is None else human(v) for r in rates for v in (t["values"].get(r),)]
         body += (f'<tr><th scope="row">{esc(t["cell"])}</th>' + "".join(f"<td>{v}</td>" for v in shown)
-                 + f"<td>{chosen}{' (edge of the grid)' * t['edge']}</td><td>{human(t['seconds'], 'seconds')}</td></tr>")
+                 + f"<td>{chosen}{' (edge)' * t['edge']}</td><td>{human(t['seconds'], 'seconds')}</td></tr>")
     name = esc(record["metric"].replace("_", " "))
     return (f'<div class="scroll" role="region" tabindex="0" aria-label="Learning rates"><table><caption>{name} on the judging rows by '
             f"learning rate</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>")

@@ -1,4 +1,4 @@
-"""The learning rate of each cell of a comparison: a grid of trials, judged on rows of their own, and the choice."""
+"""The learning rate of each cell of a comparison: a grid of trials, judged on rows of their own, the walk past its end, and the choice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.experiments.config import METRICS, Compare, Trial
 from lorakit.experiments.rows import apart
-from lorakit.experiments.runs import Todo
+from lorakit.experiments.runs import Todo, plan
 from lorakit.formats.files import read_json
 from lorakit.training.prepare import Prepared
 
@@ -43,10 +43,25 @@ def choices(c: Compare, trials: Sequence[Trial], name: str) -> dict[str, dict[st
     return out
 
 
-def early(c: Compare, trials: Sequence[Trial], todo: Todo, name: str) -> list[Trial]:
+def onward(c: Compare, trials: Sequence[Trial], name: str) -> list[Trial]:
+    """The next trial of each cell whose best rate x is the last that was tried, y beside it: x² / y, while `extend` allows one more."""
+    out = []
+    for cell, one in choices(c, trials, name).items():
+        mine = sorted((t for t in trials if t.cell == cell), key=lambda t: t.tunes)
+        if one["edge"] and len(mine) < len(c.settings.tune.learning_rate) + c.settings.tune.extend:
+            x, y = (mine[n].tunes for n in ((0, 1) if one["rate"] == mine[0].tunes else (-1, -2)))
+            out.append(mine[0].trying(float(f"{x * x / y:g}")))
+    return out
+
+
+def early(c: Compare, trials: Sequence[Trial], todo: Todo, name: str, again: bool) -> list[Trial]:
     """The runs that count of the cells whose rate is chosen already: what was made with other settings is refused before anything runs."""
-    ready = {t.cell for t in trials} - {t.cell for t, _, run in todo if run}
-    chosen = choices(c, [t for t in trials if t.cell in ready], name)
-    return [t.rated(chosen[t.cell]["rate"]) for t in c.trials if t.cell in ready and chosen[t.cell]["rate"]]
+    left = {t.cell for t, _, run in todo if run}
+    tried = [t for t in trials if t.cell not in left]
+    while more := onward(c, tried, name):
+        left = {t.cell for t, _, run in plan(more, again) if run}
+        tried = [t for t in [*tried, *more] if t.cell not in left]
+    chosen = choices(c, tried, name)
+    return [t.rated(chosen[t.cell]["rate"]) for t in c.trials if t.cell in chosen and chosen[t.cell]["rate"]]
 
 

@@ -13,8 +13,8 @@ from lorakit.formats.files import read_json
 from lorakit.training.report import human
 
 COLUMNS = ("cell", "before", "after", "seeds", "time", "tokens/s", "memory", "saved", "trained", "size", "merge loss", "verify")
-FIELDS = ("cell", "kind", "mean", "half", "n", "before", "learning_rate", "rate_at_edge", "train_seconds", "cpu_seconds", "tokens", "tokens_per_second",
-          "peak_memory_bytes", "saved_bytes", "trainable", "adapter_bytes", "merge_loss", "forgetting", "verify", "failed", "error")
+FIELDS = ("cell", "kind", "mean", "half", "n", "before", "learning_rate", "rate_at_edge", "rates_tried", "train_seconds", "cpu_seconds", "tokens",
+          "tokens_per_second", "peak_memory_bytes", "saved_bytes", "trainable", "adapter_bytes", "merge_loss", "forgetting", "verify", "failed", "error")
 AVERAGED = ("train_seconds", "cpu_seconds", "tokens", "tokens_per_second", "saved_bytes", "trainable", "adapter_bytes", "merge_loss")
 FRONTS = {"time": "train_seconds", "memory": "peak_memory_bytes", "size": "adapter_bytes"}  # what the metric is weighed against
 
@@ -74,7 +74,7 @@ def curves(folder: Path, cells: list[dict[str, Any]], points: int = 120) -> dict
 
 def columns(record: dict[str, Any]) -> list[str]:
     """The heads of the table, with what this comparison has besides."""
-    more = ["lr"] if record.get("tuning") else []
+    more = ["lr", *["tried"] * further(record)] if record.get("tuning") else []
     more += [k for k in record["settings"].get("metrics") or [] if k != record["metric"]]
     return [*COLUMNS[:4], *more, *(["forgetting"] if any(c["forgetting"] is not None for c in record["cells"]) else []), *COLUMNS[4:]]
 
@@ -87,7 +87,8 @@ def _rows(record: dict[str, Any]) -> list[list[str]]:
             continue
         word = {"cell": c["cell"], "before": human(c["before"]), "after": pm(c["mean"], c["half"]),
                 "seeds": str(c["n"]) + (f" ({c['failed']} failed)" if c["failed"] else ""),
-                "lr": rate(c), "forgetting": pm(c["forgetting"], c.get("forgetting_half"), "+"), "time": human(c["train_seconds"], "seconds"),
+                "lr": rate(c), "tried": human(c["rates_tried"], "count"), "forgetting": pm(c["forgetting"], c.get("forgetting_half"), "+"),
+                "time": human(c["train_seconds"], "seconds"),
                 "tokens/s": human(c["tokens_per_second"], "count"), "memory": human(c["peak_memory_bytes"], "bytes"),
                 "saved": human(c["saved_bytes"], "bytes"), "trained": human(c["trainable"], "count"), "size": human(c["adapter_bytes"], "bytes"),
                 "merge loss": human(c["merge_loss"]), "verify": {True: "PASS", False: "FAIL", None: "—"}[c["verify"]]}
@@ -102,8 +103,13 @@ def pm(mean: float | None, half: float | None, sign: str = "") -> str:
 
 
 def rate(c: dict[str, Any]) -> str:
-    """The learning rate, marked where it is the first or last of the grid."""
+    """The learning rate, marked where it is the first or last that was tried."""
     return "—" if c.get("learning_rate") is None else f"{c['learning_rate']:g}" + " (edge)" * bool(c.get("rate_at_edge"))
+
+
+def further(record: dict[str, Any]) -> bool:
+    """Whether cells may have tried rates past the grid, and so not all the same number."""
+    return bool((record["settings"]["tune"] or {}).get("extend"))
 
 
 def tuned(record: dict[str, Any]) -> str:
@@ -112,7 +118,9 @@ def tuned(record: dict[str, Any]) -> str:
         return ""
     t = record["settings"]["tune"]
     grid, budget = ", ".join(f"{x:g}" for x in t["learning_rate"]), ", ".join(f"{v:g} {k}" for k, v in t["budget"].items() if v is not None)
-    return (f"Learning rates were chosen for each cell from {grid} with {budget} for each trial and the seed {t['seed']}, judged on a part of the training "
+    on = (f" and, while the best was the first or last, on past it by the same ratio, every cell with up to {t['extend']} trials more,"
+          if further(record) else "")
+    return (f"Learning rates were chosen for each cell from {grid}{on} with {budget} for each trial and the seed {t['seed']}, judged on a part of the training "
             "rows that is not in the final evaluation")
 
 
@@ -120,10 +128,13 @@ def notes(record: dict[str, Any]) -> list[str]:
     """Below the table: errors, what differs and what does not, the fronts, in sentences."""
     share, out = f"{record['settings']['confidence'] * 100:g} %", []
     if record.get("tuning"):
-        out.append(f"{tuned(record)}: " + ", ".join(f"{t['cell']} {t['rate']:g}" if t["rate"] else f"{t['cell']} none" for t in record["tuning"]) + ".")
+        many = {t["cell"]: f" ({len(t['values'])} tried)" * further(record) for t in record["tuning"]}
+        out.append(f"{tuned(record)}: " + ", ".join((f"{t['cell']} {t['rate']:g}" if t["rate"] else f"{t['cell']} none") + many[t["cell"]]
+                                                    for t in record["tuning"]) + ".")
     for t in record.get("tuning", []):
         if t["edge"]:
-            out.append(f"{t['cell']}: the learning rate {t['rate']:g} is at the edge of the grid; a wider grid might find a better one.")
+            what = f"{len(t['values'])} rates tried" if further(record) else "grid"
+            out.append(f"{t['cell']}: the learning rate {t['rate']:g} is at the edge of the {what}; a wider grid might find a better one.")
     for c in record["cells"]:
         if c["failed"]:
             out.append(f"{c['cell']} failed with {c['failed']} of {c['failed'] + c['n']} seeds: {c['error']}")
