@@ -111,5 +111,5 @@ def test_the_conformance_page_has_every_method_on_every_target():
 
     lines = [line.split(" | ") for line in (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     assert [x.strip(" |") for x in lines[0][1:]] == list(LAYERS), "mend: python -m lorakit.testing.matrix"
-    missing = {label(m) for m in rows()} - {line[0].strip(" |") for line in lines}
+    missing = {n for n in map(label, rows()) if "probe" not in n} - {line[0].strip(" |") for line in lines}  # probes are registered by other tests
     assert not missing, f"docs/conformance.md has no row for {', '.join(sorted(missing))}; mend: python -m lorakit.testing.matrix"

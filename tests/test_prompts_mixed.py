@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorakit
 from lorakit import LorakitError, host
-from lorakit.method import Around, Leaf, method, normal
+from lorakit.method import METHODS, Around, Leaf, method, normal
 
 warnings.filterwarnings("ignore")
 PREFIX = {"method": "prefix-tuning", "num_virtual_tokens": 3}
@@ -283,17 +283,22 @@ def test_a_prompt_and_its_factors_are_trained_with_others_at_once(tmp_path):
         assert max(abs(a - b) for a, b in zip(alone[name], losses[name], strict=True)) < 1e-4 and losses[name][2] < losses[name][0]
 
 
-@method("shout", title="Shout", paper="none", formula="model(x) + v")
-class Shout(Around):
-    """A method of someone else's, which says nothing of rows."""
+@pytest.fixture
+def shout():
+    """A method of someone else's, which says nothing of rows; registered for one test."""
 
-    v = Leaf("o", normal(1.0))
+    @method("shout", title="Shout", paper="none", formula="model(x) + v")
+    class Shout(Around):
+        v = Leaf("o", normal(1.0))
 
-    def around(self, p, inner, call, site):
-        return inner(call)
+        def around(self, p, inner, call, site):
+            return inner(call)
+
+    yield Shout()
+    del METHODS["shout"]
 
 
-def test_what_cannot_be_mixed_says_which_adapter_and_row():
+def test_what_cannot_be_mixed_says_which_adapter_and_row(shout):
     x, labels = some(3)[0], {"labels": some(3)[0]}
     for build, names, why in (
             (tiny.bart, [None, "lora", "prefix"], r"`prefix` \(row 2\) puts 8 learnt columns in front, row 0 has 0, and Bart.* counts positions by itself"),
@@ -302,7 +307,7 @@ def test_what_cannot_be_mixed_says_which_adapter_and_row():
         with lorakit.rows(made(build, names) if build else None, names) as model, pytest.raises(LorakitError, match=why):
             model(x, **labels)
     model = made(tiny.llama, ["prompt"])
-    lorakit.adapt(model, Shout(), name="shout", targets="model")
+    lorakit.adapt(model, shout, name="shout", targets="model")
     with lorakit.rows(model, ["prompt", None, "shout"]), pytest.raises(LorakitError, match=r"adapter `shout` \(row 2\): shout changes what every row sees"):
         model(x)
     with lorakit.rows(model, ["prompt", None, None]), pytest.raises(LorakitError, match="packed into one"):
