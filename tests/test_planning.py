@@ -114,19 +114,18 @@ def test_live_counts_what_is_alive():
     assert live.peak == 8000 and live.now == 0
 
 
-def test_the_command_line_says_what_fits(folders):
+def test_the_command_line_says_what_fits(folders, call):
     def run(*words):
-        return subprocess.run([sys.executable, "-m", "lorakit", "plan", str(folders["llama"]), "--batch", "3", "--length", "40", *words],
-                              capture_output=True, text=True)
+        return call("plan", folders["llama"], "--batch", "3", "--length", "40", *words)
 
-    told = json.loads(run("--methods", "lora,none", "--memory", "2MB", "--json").stdout)
+    told = json.loads(run("--methods", "lora,none", "--memory", "2MB", "--json")[1])
     plan = memory(folders["llama"], "lora", batch=3, length=40)
     assert told["lora"] == plan.to_dict() | {"fits": plan.peak <= 2_000_000} and set(told) == {"lora", "none"}
-    assert "peak" in run().stdout
+    assert "peak" in run()[1]
     for words, says in ((["--methods", "lroa"], "did you mean `lora`"), (["--memory", "much"], "not a size"), (["--set", "r"], "KEY=VALUE"),
                         (["--optimizer", "adma"], "did you mean `adamw`"), (["--batch", "0"], "at least 1")):
-        done = run(*words)
-        assert done.returncode == 1 and says in done.stderr, (words, done.stderr)
+        code, _, wrong = run(*words)
+        assert code == 1 and says in " ".join(wrong.split()), (words, wrong)
 
 
 def test_time_grows_with_the_layers_and_is_of_this_machine(tmp_path):
@@ -165,21 +164,20 @@ def test_ranks_are_within_their_band_and_a_percent_of_the_base():
     assert rank_for(70_000_000_000, 20_000_000)[0] == 16 and rank_for(1_000_000, 1_000_000)[0] == 8
 
 
-def test_the_command_line_recommends_times_and_draws(folders, tmp_path):
+def test_the_command_line_recommends_times_and_draws(folders, tmp_path, call):
     def run(*words):
-        return subprocess.run([sys.executable, "-m", "lorakit", "plan", str(folders["llama"]), "--batch", "3", "--length", "40", *words],
-                              capture_output=True, text=True)
+        return call("plan", folders["llama"], "--batch", "3", "--length", "40", *words)
 
-    told = json.loads(run("--goal", "memory", "--memory", "50MB", "--json").stdout)
+    told = json.loads(run("--goal", "memory", "--memory", "50MB", "--json")[1])
     assert told["method"] == "lora-fa" and told["config"]["adapter"]["method"] == "lora-fa" and told["memory"]["peak"] < 50_000_000
     assert told["config"]["base"]["quantize"] == "nf4", "least memory is with a base in 4 bits"
-    tight = json.loads(run("--goal", "quality", "--memory", "0.6MB", "--json").stdout)
+    tight = json.loads(run("--goal", "quality", "--memory", "0.6MB", "--json")[1])
     assert tight["method"] is None or tight["memory"]["peak"] < 600_000
-    kept = json.loads(run("--methods", "lora", "--quantize", "nf4", "--json").stdout)["lora"]
-    assert kept["base"] < 0.8 * json.loads(run("--methods", "lora", "--json").stdout)["lora"]["base"]
-    assert "Take lora" in run("--goal", "speed").stdout
-    assert "did you mean `memory`" in run("--goal", "memroy").stderr
-    timed = json.loads(run("--methods", "lora", "--time", "--json", "--picture", str(tmp_path / "plan.png")).stdout)
+    kept = json.loads(run("--methods", "lora", "--quantize", "nf4", "--json")[1])["lora"]
+    assert kept["base"] < 0.8 * json.loads(run("--methods", "lora", "--json")[1])["lora"]["base"]
+    assert "Take lora" in run("--goal", "speed")[1]
+    assert "did you mean `memory`" in run("--goal", "memroy")[2]
+    timed = json.loads(run("--methods", "lora", "--time", "--json", "--picture", str(tmp_path / "plan.png"))[1])
     assert timed["lora"]["seconds_per_step"] > 0 and (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
 
 
