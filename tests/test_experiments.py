@@ -607,7 +607,7 @@ def test_a_grid_that_ends_too_early_goes_on_until_the_best_is_inside(base, tmp_p
     assert one["rate"] == min(rates, key=lambda r: one["values"][f"{r:g}"]) > 1e-3 and rates[-1] > one["rate"] and not one["edge"]
     assert row["rates_tried"] == len(rates) and row["learning_rate"] == one["rate"] and row["rate_at_edge"] is False
     text, lines = (out / "comparison.md").read_text(), (out / "comparison.csv").read_text().splitlines()
-    assert "every cell with up to 4 trials more" in text and f"lora {one['rate']:g} ({len(rates)} tried)" in text and "| lr | tried |" in text
+    assert "at most 4 further for each cell" in text and f"lora {one['rate']:g} ({len(rates)} tried)" in text and "| lr | tried |" in text
     assert dict(zip(*(line.split(",") for line in lines[:2]), strict=False))["rates_tried"] == str(len(rates))
     said.clear()
     assert e.compare(s.parse(what), say=said.append)["cells"] == rec["cells"] and not [line for line in said if line.startswith("[")], "nothing is run again"

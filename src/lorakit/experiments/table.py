@@ -118,7 +118,7 @@ def tuned(record: dict[str, Any]) -> str:
         return ""
     t = record["settings"]["tune"]
     grid, budget = ", ".join(f"{x:g}" for x in t["learning_rate"]), ", ".join(f"{v:g} {k}" for k, v in t["budget"].items() if v is not None)
-    on = (f" and, while the best was the first or last, on past it by the same ratio, every cell with up to {t['extend']} trials more,"
+    on = (f" and, while the best was the first or last, on past it by the same ratio, at most {t['extend']} further for each cell,"
           if further(record) else "")
     return (f"Learning rates were chosen for each cell from {grid}{on} with {budget} for each trial and the seed {t['seed']}, judged on a part of the training "
             "rows that is not in the final evaluation")
