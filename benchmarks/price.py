@@ -109,7 +109,7 @@ def call(model: nn.Module, shape: dict[str, Any]) -> Callable[[], torch.Tensor]:
     def forward() -> torch.Tensor:
         torch.manual_seed(3)
         logits = run(inputs_embeds=embedded).logits  # the loss is made here: PEFT's AdaLoRA adds its own term to the model's
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
     return forward
 

@@ -69,7 +69,7 @@ def _sum(x, W, b, A, e, B, g, s, p, seed) -> tuple[Tensor, Tensor]:
     flat, y = x.reshape(-1, x.shape[-1]), F.linear(x, W, b)
     u = (without(flat, zeros(flat.numel(), p, seed, x.device)) if p else flat) @ A.to(x.dtype).mT
     y.view(-1, y.shape[-1]).addmm_(u if e is None else u * e.to(x.dtype), B.to(x.dtype).mT, alpha=s * strength(p))
-    return (y if g is None else y.mul_(_away(g, x.dtype))), u
+    return (y if g is None else y.mul_(_away(g, g.dtype))), u  # a float32 gain of a bfloat16 result is not rounded first
 
 
 def _away(g: Tensor, dtype: torch.dtype) -> Tensor:
