@@ -9,20 +9,15 @@ LoRAHub weighs the three on five utterances to an assistant (CLINC150), which no
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import random
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lorakit
+from benchmarks import seeds
+from benchmarks.seeds import shown
 from lorakit.experiments import mixing
-from lorakit.experiments.stats import mean
 from lorakit.formats.folder import Folder, beside
 from lorakit.merges import ROWS
 from lorakit.merges.search import lorahub
@@ -108,36 +103,11 @@ def one(a: argparse.Namespace, seed: int, tmp: Path) -> dict[str, tuple[Any, flo
     return rows
 
 
-def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("data", type=Path)
-    ap.add_argument("--steps", type=int, default=150)
-    ap.add_argument("--rank", type=int, default=8)
-    ap.add_argument("--heldout", type=int, default=48)
-    ap.add_argument("--seeds", type=int, default=3)
-    ap.add_argument("--out", type=Path)
-    a = ap.parse_args()
-    torch.set_num_threads(1)
-    start, got = time.process_time(), []
-    for seed in range(a.seeds):
-        with tempfile.TemporaryDirectory() as where:
-            got.append(one(a, seed, Path(where)))
-    text = page(got, a, time.process_time() - start)
-    print(text)
-    if a.out:
-        a.out.write_text(text, encoding="utf-8")
-
-
-def shown(values: list[float], sign: str = "") -> str:
-    m = mean(values)
-    return f"{m.mean:{sign}.3f}" + ("" if m.half is None else f" ± {m.half:.3f}")
-
-
-def page(got: list[dict[str, tuple[Any, float | None, list[float]]]], a: argparse.Namespace, seconds: float) -> str:
+def page(got: list[dict[str, tuple[Any, float | None, list[float]]]], a: argparse.Namespace) -> str:
     columns = [*TASKS, UNSEEN, "mean of the three"]
     lines = ["# Three tasks mixed by every rule", "",
-             f"Made by `python -m benchmarks.mix_tasks DATA --steps {a.steps} --seeds {a.seeds}` on {datetime.date.today()} in {seconds:.0f} s of processor "
-             f"time ({platform.machine()}, one thread, torch {torch.__version__}).", "", *(line for line in (__doc__ or "").strip().splitlines()[4:]), "",
+             f"Made by `python -m benchmarks.mix_tasks DATA --steps {a.steps} --seeds {a.seeds}` {a.machine}.", "",
+             *(__doc__ or "").strip().splitlines()[4:], "",
              f"Each adapter: LoRA, rank {a.rank}, every linear layer, {a.steps} steps of 8 pieces of at most 128 tokens, learning rate 5e-3. Weights are 1 "
              f"unless a rule says otherwise; no tuning. Mean ± half of the 95 % interval over {a.seeds} seeds; a seed draws its own training data, its own "
              f"{a.heldout} held-out pieces of each task, starts and order, so that the intervals are of all of these: rows of one seed share them, and "
@@ -155,4 +125,4 @@ def page(got: list[dict[str, tuple[Any, float | None, list[float]]]], a: argpars
 
 
 if __name__ == "__main__":
-    main()
+    seeds.run(__doc__, one, page, steps=150, rank=8, heldout=48, seeds=3)

@@ -10,18 +10,16 @@ takes it. The figure is the loss by the token on held-out descriptions.
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import random
-import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import lorakit
-from benchmarks.mix_tasks import shown, write
+from benchmarks import seeds
+from benchmarks.mix_tasks import write
+from benchmarks.seeds import shown
 from lorakit import host
 from lorakit.errors import LorakitError
 from lorakit.experiments import mixing
@@ -108,31 +106,9 @@ def one(a: argparse.Namespace, seed: int, tmp: Path) -> dict[tuple[str, str, str
     return out
 
 
-def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("data", type=Path)
-    ap.add_argument("--steps", type=int, default=60)
-    ap.add_argument("--rank", type=int, default=8)
-    ap.add_argument("--rate", type=float, default=5e-3)
-    ap.add_argument("--heldout", type=int, default=96)
-    ap.add_argument("--seeds", type=int, default=3)
-    ap.add_argument("--out", type=Path)
-    a = ap.parse_args()
-    torch.set_num_threads(1)
-    start, got = time.process_time(), []
-    for seed in range(a.seeds):
-        with tempfile.TemporaryDirectory() as where:
-            got.append(one(a, seed, Path(where)))
-    text = page(got, a, time.process_time() - start)
-    print(text)
-    if a.out:
-        a.out.write_text(text, encoding="utf-8")
-
-
-def page(got: list[dict[tuple[str, str, str], Row]], a: argparse.Namespace, seconds: float) -> str:
+def page(got: list[dict[tuple[str, str, str], Row]], a: argparse.Namespace) -> str:
     lines = ["# Merging into a quantised base", "",
-             f"Made by `python -m benchmarks.routes DATA --steps {a.steps} --seeds {a.seeds}` on {datetime.date.today()} in {seconds:.0f} s of processor "
-             f"time ({platform.machine()}, one thread, torch {torch.__version__}).", "", *(__doc__ or "").strip().splitlines()[4:], "",
+             f"Made by `python -m benchmarks.routes DATA --steps {a.steps} --seeds {a.seeds}` {a.machine}.", "", *(__doc__ or "").strip().splitlines()[4:], "",
              f"Rank {a.rank}, {a.steps} steps of 8 descriptions, learning rate {a.rate:g} for all, no tuning; nf4 in blocks of 64, int4 and QA-LoRA in groups "
              f"of 32. Mean ± half of the 95 % interval over {a.seeds} seeds, each with its own data and start. *Kept*: the share of the trained update "
              "that is in the weights, <merged - base, update> / |update|². *Logits*: how far they are from the trained model's, as a part of how far training "
@@ -151,4 +127,4 @@ def page(got: list[dict[tuple[str, str, str], Row]], a: argparse.Namespace, seco
 
 
 if __name__ == "__main__":
-    main()
+    seeds.run(__doc__, one, page, steps=60, rank=8, rate=5e-3, heldout=96, seeds=3)

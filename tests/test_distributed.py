@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -471,10 +470,7 @@ def test_trainer_refuses_fsdp1(tmp_path, monkeypatch):
 
 def run(*jobs: dict, world: int = 2) -> None:
     """`trainer_run` with these arguments, one after the other, in so many processes that torchrun starts."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(port), __file__]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), __file__]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([*launch, *map(json.dumps, jobs)], capture_output=True, text=True, env=env, timeout=120, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -513,3 +509,7 @@ def test_trainer_in_two_processes(sharding, method, tmp_path):
 if __name__ == "__main__":
     for words in sys.argv[1:]:
         trainer_run(**json.loads(words))
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as children of multiprocessing end: gloo's threads, which FSDP keeps, at times wake while the interpreter ends, and abort

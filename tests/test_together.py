@@ -145,3 +145,14 @@ def test_bad_input_says_what_and_changes_nothing():
     with pytest.raises(LorakitError, match="nothing of adapter `a1` trains"):
         together(model, {"a1": batches(0)}, steps=1)
     assert all(torch.equal(t, was[k]) for k, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "p-tuning", "prefix-tuning"])
+def test_learnt_tokens_in_front_are_refused_and_prefixes_train_as_alone(method):
+    model, data = lorakit.adapt(tiny.llama(), method, num_virtual_tokens=3, name="p"), batches(3)
+    alone = float(copy.deepcopy(model).train()(**data[0]).loss)
+    if method == "prefix-tuning":
+        assert together(model, {"p": data}, steps=1)["p"][0] == pytest.approx(alone, rel=1e-5)
+    else:
+        with pytest.raises(LorakitError, match="the loss of `p` .* is that of a longer sequence"):
+            together(model, {"p": data}, steps=1)

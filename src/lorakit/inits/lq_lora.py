@@ -44,8 +44,8 @@ def fisher(model, targets, data, options):
         with evaluating(model) as device, torch.enable_grad():
             for batch in data:
                 batch = moved(batch, device)
-                for k in range(len(next(iter(batch.values())))):
-                    loss = getattr(model(**{n: t[k : k + 1] for n, t in batch.items()}), "loss", None)
+                for k in range(len(next(t for t in batch.values() if isinstance(t, torch.Tensor)))):
+                    loss = getattr(model(**{n: t[k : k + 1] if isinstance(t, torch.Tensor) else t for n, t in batch.items()}), "loss", None)
                     if loss is None:
                         raise LorakitError(f"init {what}: the model gives no loss for these batches; mend: put `labels` into them")
                     for path, g in zip(touched, torch.autograd.grad(loss, list(touched.values()), allow_unused=True), strict=True):

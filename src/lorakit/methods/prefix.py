@@ -26,6 +26,7 @@ def last(start):
 
 @method("prefix", title="Prefix tuning", paper="2101.00190", formula="softmax(q [P_k; K]ᵀ) [P_v; V] in every layer")
 class Prefix(Prompted):
+    in_front = False
     inmost = True
 
     num_virtual_tokens: int = 20  # n, learnt pairs of key and value in each layer

@@ -36,6 +36,7 @@ class Prompted(Around):
 
     mixed = staticmethod(through)
     keeps: ClassVar[tuple[str, ...]] = ()  # what of a batch is for `told` and not for the model
+    in_front: ClassVar[bool] = True  # tokens of its own stand before the text, and the loss is that of the longer sequence
 
     def prompt(self, p, site) -> Tensor | None:
         """(n, o): learnt tokens."""

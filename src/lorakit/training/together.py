@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lorakit import api, host
 from lorakit.errors import LorakitError, near
+from lorakit.prompts import Prompted
 
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -26,7 +27,8 @@ def together(model: nn.Module, batches: Mapping[str, Batches], *, steps: int, le
     """Trains the adapters that `batches` names, each on its own, for so many steps of AdamW; returns name -> loss at each step.
 
     batches: input_ids, labels (-100: no loss) and, where rows are padded, attention_mask; begun again when they end. schedule: linear (to zero) or
-    constant. max_grad_norm 0: no clipping. LorakitError for an unknown adapter or rate, no rows, or adapters that share tensors.
+    constant. max_grad_norm 0: no clipping. LorakitError for an unknown adapter or rate, no rows, adapters that share
+    tensors, and learnt tokens in front of the text, whose loss is that of a longer sequence.
     """
     state = host.known(model, batches)
     rates = learning_rate if isinstance(learning_rate, Mapping) else dict.fromkeys(batches, learning_rate)
@@ -39,6 +41,10 @@ def together(model: nn.Module, batches: Mapping[str, Batches], *, steps: int, le
     for name, params in own.items():
         if other := next((n for n, p in own.items() if n != name and {id(t) for t in p} & {id(t) for t in params}), None):
             raise LorakitError(f"together: `{name}` and `{other}` share tensors, so they cannot be trained apart; mend: two runs")
+    for name in batches:
+        for slot in host.slots(model, name).values():
+            if isinstance(m := slot.methods[name], Prompted) and m.in_front:
+                raise LorakitError(f"together: the loss of `{name}` ({m.name}) is that of a longer sequence, which is not taken here; mend: a run of its own")
     optimizer = torch.optim.AdamW([{"params": own[n], "lr": rates[n]} for n in batches], weight_decay=weight_decay, fused=True)
     feeds = {name: _again(name, rows) for name, rows in batches.items()}
     losses: dict[str, list[float]] = {name: [] for name in batches}
