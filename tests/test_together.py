@@ -17,11 +17,13 @@ MIXES = {"groups": [0, 0, 1, 1, 2, 2], "unsorted groups": [2, 0, 1, 2, 1, 0], "e
          "uneven": [0, 0, 0, 1, 3, 3], "none": [-1, -1], "one": [2, 2, 2], "not here": [1, 3, 3, 0]}
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (0.5, 0.5, 0.5), (1.0, 2.0, 0.25)])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("mix", MIXES)
-def test_the_segmented_product_is_the_row_by_row_one(mix, tokens):
+def test_the_segmented_product_is_the_row_by_row_one(mix, tokens, scales):
     g = torch.Generator().manual_seed(0)
-    pairs = [(torch.randn(7, r, generator=g).double(), torch.randn(r, 5, generator=g).double()) for r in (2, 1, 4)] + [None]
+    given = [(torch.randn(7, r, generator=g).double(), torch.randn(r, 5, generator=g).double(), s) for r, s in zip((2, 1, 4), scales, strict=True)]
+    pairs = [(B * s, A) for B, A, s in given] + [None]
     index = torch.tensor(MIXES[mix])
     x = torch.randn(len(index), tokens, 5, generator=g).double().requires_grad_(True)
     at = layout(index, [p is not None for p in pairs], x.device)
@@ -29,7 +31,7 @@ def test_the_segmented_product_is_the_row_by_row_one(mix, tokens):
     if not at.kinds:
         assert not slow.any()
         return
-    B, A = stacked([pairs[k] for k in at.kinds], x.dtype)
+    B, A = stacked([given[k] for k in at.kinds], x.dtype)
     fast = segmented(x, at, B, A)
     assert torch.allclose(fast, slow.detach(), atol=1e-12)
     probe = torch.randn(fast.shape, generator=g).double()
@@ -126,11 +128,12 @@ def test_one_alone_is_a_plain_loop():
     plain.train()
     for k in range(4):
         loss = plain(**data[k % 3]).loss
-        assert told["a0"][k] == pytest.approx(float(loss), rel=1e-4)
+        assert told["a0"][k] == pytest.approx(float(loss.detach()), rel=1e-4)
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         opt.step()
+    assert all(p.grad is None and p.untyped_storage().nbytes() == p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def test_bad_input_says_what_and_changes_nothing():

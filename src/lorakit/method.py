@@ -214,6 +214,10 @@ class Method(ABC):
         """(B, A) with W' = W + B A where the method is such a product: what every fast path and exporter needs."""
         return None
 
+    def scaled(self, p: Params) -> tuple[Tensor, Tensor, float]:
+        """(B, A, s) with W' = W + s B A, for a method that is such a product: a number that only scales stays apart."""
+        return *self.two(p), 1.0
+
     def row_norm(self, p: Params, f: Map) -> Tensor:  # (o,): norms of the rows of W'
         two = self.two(p)
         return self.weight(p, f.weight()).norm(dim=1) if two is None else row_norm_of_sum(f.row_sq(), f.weight(), *two)
@@ -408,6 +412,10 @@ class LowRank(Additive):
     def live(self, p: Params) -> tuple[Tensor | float, ...]:
         """The factors as the forward pass takes them: a number among them scales the thin product, so that no scaled copy of a factor is kept."""
         return self.factors(p)
+
+    def scaled(self, p):
+        B, *numbers, A = self.live(p)
+        return (B, A, math.prod(numbers)) if B.dim() == 2 and not any(isinstance(n, Tensor) for n in numbers) else super().scaled(p)
 
     def _beside(self, p: Params, x: Tensor, f: Map, drop, g: Tensor | None = None) -> Tensor | None:
         """Base and thin product in one step; None where they are not that simple."""

@@ -259,7 +259,7 @@ class Slot:
         if kept and all(d.get(n) is t and t._version == v for d, n, t, v in kept[0]):
             return kept[1]
         names = [self.state.rows[0][k] for k in at.kinds]
-        made = stacked([self.methods[n].two(self.params(n)) for n in names], dtype)
+        made = stacked([self.methods[n].scaled(self.params(n)) for n in names], dtype)
         if not torch.is_grad_enabled():
             leaves = [(h._parameters, n) for n in names for h in self.holders(n).values()]
             known[key] = [(d, n, d[n], d[n]._version) for d, n in leaves], made

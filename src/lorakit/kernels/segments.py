@@ -49,12 +49,14 @@ def layout(index: Tensor, there: Sequence[bool], device: torch.device) -> Layout
                   counts.pop() if len(counts) == 1 else 0, len(rows) == len(at))
 
 
-def stacked(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """B (k, o, r) and A (k, r, i) of adapters, the lower ranks filled with zeros."""
-    r = max(A.shape[0] for _, A in pairs)
-    A = torch.stack([A if A.shape[0] == r else F.pad(A, (0, 0, 0, r - A.shape[0])) for _, A in pairs])
-    B = torch.stack([B if B.shape[1] == r else F.pad(B, (0, r - B.shape[1])) for B, _ in pairs])
-    return B.to(dtype), A.to(dtype)
+def stacked(products: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """s B (k, o, r) and A (k, r, i) of adapters, (B, A, s) each, the lower ranks filled with zeros."""
+    r = max(A.shape[0] for _, A, _ in products)
+    A = torch.stack([A if A.shape[0] == r else F.pad(A, (0, 0, 0, r - A.shape[0])) for _, A, _ in products])
+    B = torch.stack([B if B.shape[1] == r else F.pad(B, (0, r - B.shape[1])) for B, _, _ in products])
+    scales = [s for *_, s in products]
+    s = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, dtype=B.dtype, device=B.device)[:, None, None]
+    return (B if scales[0] == 1.0 and isinstance(s, float) else B * s).to(dtype), A.to(dtype)
 
 
 def segmented(x: Tensor, at: Layout, B: Tensor, A: Tensor) -> Tensor:

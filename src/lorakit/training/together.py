@@ -9,6 +9,7 @@ work is one batched product (`lorakit.kernels.segments`), else a loop over adapt
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -45,25 +46,29 @@ def together(model: nn.Module, batches: Mapping[str, Batches], *, steps: int, le
         for slot in host.slots(model, name).values():
             if isinstance(m := slot.methods[name], Prompted) and m.in_front:
                 raise LorakitError(f"together: the loss of `{name}` ({m.name}) is that of a longer sequence, which is not taken here; mend: a run of its own")
-    optimizer = torch.optim.AdamW([{"params": own[n], "lr": rates[n]} for n in batches], weight_decay=weight_decay, fused=True)
     feeds = {name: _again(name, rows) for name, rows in batches.items()}
     losses: dict[str, list[float]] = {name: [] for name in batches}
-    keep, was = state.active, model.training
+    keep, was, optimizer = state.active, model.training, None
     model.train()
     try:
         for step in range(steps):
             joined, names = _joined({n: next(f) for n, f in feeds.items()}, pad)
-            optimizer.zero_grad()
             with api.rows(model, names):  # also while checkpoints are computed again
                 each = _losses(model, joined, names, list(batches))
                 each.sum().backward()
+            if optimizer is None:
+                groups = [{"params": _long(own[n]), "lr": rates[n]} for n in batches]
+                optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
             for group, (name, loss) in zip(optimizer.param_groups, zip(batches, each.detach().tolist(), strict=True), strict=True):
                 losses[name].append(loss)
                 group["lr"] = rates[name] * (1 - step / steps if schedule == "linear" else 1)
                 if max_grad_norm:
                     nn.utils.clip_grad_norm_(group["params"], max_grad_norm, foreach=True)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
     finally:
+        for p in itertools.chain(*own.values()):
+            p.data, p.grad = p.data.clone(), None
         state.active = keep
         model.train(was)
     return losses
@@ -74,6 +79,23 @@ def _own(model: nn.Module, name: str) -> list[nn.Parameter]:
     if not found:
         raise LorakitError(f"together: nothing of adapter `{name}` trains; mend: lorakit.load(…, trainable=True)")
     return list({id(t): t for t in found}.values())
+
+
+def _long(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The same as few long parameters, of which those that have a gradient become parts: a step of an optimiser costs by the tensor."""
+    kinds: dict[tuple, list[nn.Parameter]] = {}
+    for p in params:
+        if p.grad is not None:
+            kinds.setdefault((p.device, p.dtype), []).append(p)
+    out = [p for p in params if p.grad is None]
+    for some in kinds.values():
+        whole = nn.Parameter(torch.cat([p.detach().flatten() for p in some]))
+        whole.grad = torch.cat([p.grad.flatten() for p in some])
+        sizes = [p.numel() for p in some]
+        for p, w, g in zip(some, whole.data.split(sizes), whole.grad.split(sizes), strict=True):
+            p.data, p.grad = w.view_as(p), g.view_as(p)
+        out.append(whole)
+    return out
 
 
 def _again(name: str, rows: Batches) -> Iterator[Mapping[str, Tensor]]:
