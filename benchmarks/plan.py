@@ -78,12 +78,13 @@ def memory_of(name: str, one: dict[str, Any]) -> dict[str, Any]:
 def time_of(name: str, one: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Seconds of a step, foretold and measured in turn."""
     from lorakit.planning import seconds
-    from lorakit.planning.duration import _measure
+    from lorakit.planning.duration import stepping
 
     told, took = [], []
     for _ in range(rounds):
         told.append(seconds(BASES[name], dtype="float32", at_least=0.7, **STEP[name], **one).step)
-        took.append(_measure(real(BASES[name], one), STEP[name]["batch"], STEP[name]["length"], 1.5))
+        step = stepping(real(BASES[name], one), STEP[name]["batch"], STEP[name]["length"])
+        took.append(statistics.median([step() for _ in range(12)][2:]))
     return {"time": [statistics.median(told), statistics.median(took)]}
 
 

@@ -2,8 +2,9 @@
 
     t(L) = t(1) + (L - 1) (t(2) - t(1))
 
-Both have random weights and the widths of the real one, so two layers' memory is enough, whatever the model's depth. What all layers do
-not do alike (a pattern of sliding windows, an encoder beside a decoder) is outside this rule.
+Both have random weights and the widths of the real one, so three layers' memory is enough, whatever the model's depth. They step in turn, and the
+difference is the median of the rounds', so that what else the machine does slows both. What all layers do not do alike (a pattern of
+sliding windows, an encoder beside a decoder) is outside this rule.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,12 @@ class Time:
 
 def seconds(base: str | Path, adapter: str | Any = "lora", *, task: str = "causal-lm", batch: int = 8, length: int = 512, dtype: str | None = None,
             gradient_checkpointing: bool = False, quantize: str | Any = None, at_least: float = 1.0, **options: Any) -> Time:
-    """What a step takes here. at_least: seconds of measuring for each of the two small models; the median of its steps counts."""
+    """What a step takes here. at_least: seconds of measuring for each of the two small models."""
     config = config_of(base, task)
     kind = dtype_of(dtype)
     kind = (config.dtype or torch.float32) if kind == "auto" else kind
     layers = config.get_text_config().num_hidden_layers
-    told = []
+    steps = []
     for n in (1, 2):
         model = getattr(transformers, TASKS[task]).from_config(shallow(config, n), dtype=kind).train()
         if quantize is not None:
@@ -48,10 +50,17 @@ def seconds(base: str | Path, adapter: str | Any = "lora", *, task: str = "causa
             api.adapt(model, adapter, **options)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        told.append(_measure(model, batch, length, at_least))
-        del model
-    step = told[0] + (layers - 1) * max(told[1] - told[0], 0.0)
+        steps.append(stepping(model, batch, length))
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < 4 or sum(map(sum, rounds)) < 2 * at_least:
+        rounds.append((steps[0](), steps[1]()))
+    step = extrapolated(rounds[1:], layers)  # the first one warms up
     return Time(step, batch * length / step)
+
+
+def extrapolated(rounds: Sequence[tuple[float, float]], layers: int) -> float:
+    """The step of so many layers, from those of one and of two in turn."""
+    return statistics.median(one for one, _ in rounds) + (layers - 1) * max(statistics.median(two - one for one, two in rounds), 0.0)
 
 
 def shallow(config: Any, layers: int) -> Any:
@@ -64,15 +73,17 @@ def shallow(config: Any, layers: int) -> Any:
     return out
 
 
-def _measure(model: nn.Module, batch: int, length: int, at_least: float) -> float:
+def stepping(model: nn.Module, batch: int, length: int) -> Callable[[], float]:
+    """Takes a step, and says how long it took."""
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     labels = labels_for(model, ids)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    took: list[float] = []
-    while len(took) < 4 or sum(took) < at_least:
+
+    def step() -> float:
         begun = time.perf_counter()
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        took.append(time.perf_counter() - begun)
-    return statistics.median(took[1:])  # the first one warms up
+        return time.perf_counter() - begun
+
+    return step
