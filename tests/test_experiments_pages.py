@@ -17,6 +17,7 @@ from lorakit.experiments import config as s
 from lorakit.formats.folder import Folder
 from lorakit.hooks import HOOKS, build
 from lorakit.inits import INITS
+from lorakit.recipes import RECIPES
 
 base = test_training.base
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,13 @@ def test_the_benchmarks_have_every_hook_and_every_start():
     for name, case in overhead.CASES.items():
         build({name: dict(case.options)})
     assert {t.run.spec().init or "kaiming" for t in s.read(ROOT / "benchmarks" / "starts.yaml").trials if t.kind == "lorakit"} == set(INITS)
+
+
+def test_the_benchmarks_have_every_recipe():
+    cells = [c for name in ("family", "hooks", "starts", "quantised") for c in s.read(ROOT / "benchmarks" / f"{name}.yaml").settings.cells]
+    named = {c.adapter if isinstance(c.adapter, str) else (c.adapter or {}).get("method") for c in cells}
+    masks = {"roselora", "large-sparse"}  # of hooks, which are in hooks.yaml
+    assert set(RECIPES) - named - set(INITS) - masks == {"bitfit"}, "benchmarks/family.yaml needs a cell; its base has no biases"
 
 
 def test_why_a_step_costs_more_is_counted():
