@@ -754,7 +754,7 @@ def test_the_verb_there_and_back(tmp_path, call):
     code, out, _ = call("convert", tmp_path / "a", "-o", tmp_path / "x.gguf", "--to", "gguf")
     assert code == 0 and "(gguf), 6 targets" in out and "architecture llama" in out and "on the base: logits equal to" in out
     code, out, _ = call("convert", tmp_path / "a", "-o", tmp_path / "x.safetensors", "--to", "kohya", "--prefix", "lycoris")
-    assert code == 0 and "names begin with lycoris_" in out and "logits not compared, for no base is at hand" in out
+    assert code == 0 and "names begin with lycoris_" in out and "logits not compared, for no base was given" in out
     for name in ("x.gguf", "x.safetensors"):
         code, out, err = call("convert", tmp_path / name, "-o", tmp_path / "b", "--to", "peft")
         assert code == 1 and "mend: give base" in err and out == ""

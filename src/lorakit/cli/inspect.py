@@ -41,7 +41,8 @@ def inspect(
     if as_json:
         out.print(json.dumps(head | {"table": rows}, indent=2), markup=False)
         return
-    out.print("\n".join(f"{k}: {v}" for k, v in head.items() if v not in (None, [])), markup=False)
+    steps = [f"{s['stage']} {s['adapter']}" + (f" × {s['weight']:g}" if "weight" in s else "") for s in head["lineage"]]
+    out.print("\n".join(f"{k}: {v}" for k, v in (head | {"lineage": ", ".join(steps)}).items() if v not in (None, "")), markup=False)
     table = Table(box=None)
     for name, where in (("module", "left"), ("method", "left"), ("rank", "right"), ("parameters", "right"), ("|dW|", "right"), ("|dW|/|W|", "right")):
         table.add_column(name, justify=where, no_wrap=name != "module")

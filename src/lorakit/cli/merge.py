@@ -39,7 +39,7 @@ def merge(
 
     if streamed:
         changed = api.merge_checkpoint(base_of(adapter, base), adapter, output)
-        out.print(f"{len(changed)} weights changed; merged model: {output}", markup=False)
+        out.print(f"{len(changed)} weights changed; merged model: {output}; to compare both: lorakit verify {adapter} --merged {output}", markup=False)
         return
     model = model_for(adapter, base, dtype)
     api.load(model, adapter)

@@ -62,7 +62,7 @@ class Conversion:
             lines.append(f"  {self.written_as} rounds: it is {self.rounded['overall']:.2%} of the update's norm away from the adapter{moved}")
         said = f"no update differs by more than {self.error:.1e} of its norm ({self.where})" if self.where else "equal to the bit"
         said += f" ({self.by_logits} of {self.targets} targets by the logits alone)" if self.by_logits else ""
-        lines.append(f"  read back: {said}{'' if self.on_base else '; logits not compared, for no base is at hand'}")
+        lines.append(f"  read back: {said}{'' if self.on_base else '; logits not compared, for no base was given (base, --base)'}")
         if self.logits is not None:
             lines.append(f"  on the base: logits equal {f'to {self.logits:.1e}' if self.logits else 'to the bit'}; the adapter moves them by {self.moved:.3g}")
         return "\n".join(lines)
