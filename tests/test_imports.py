@@ -35,7 +35,7 @@ MAY = {  # unit -> units of lorakit it may import, besides itself and errors
     "proof": {"formats", "host", "method", "models", "sites"},
     "api": CORE, "__init__": CORE,
 }
-LAZY = {"quantized/hub.py"}  # classes made from transformers' own; imported where a model of it is at hand
+LAZY = {"quantized/hub.py": {"transformers"}, "kernels/fused_triton.py": {"triton"}}  # what is made of a library's own; imported where that is at hand
 LIGHT = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
 NEVER = {"compat"}  # nothing but itself imports it
 
@@ -110,7 +110,7 @@ def test_what_is_outside_the_core_is_not_imported_by_it(path):
 def test_the_core_needs_torch_and_little_else_to_be_imported(path):
     for line, name in imports(path, everywhere=False):
         root = name.split(".")[0]
-        light = root == "lorakit" or root in LIGHT | ({"transformers"} if ids(path) in LAZY else set())
+        light = root == "lorakit" or root in LIGHT | LAZY.get(ids(path), set())
         assert light, f"{ids(path)}:{line} imports {name} at its top: import it where it is used"
 
 

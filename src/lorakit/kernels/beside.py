@@ -133,15 +133,15 @@ class _Merged(torch.autograd.Function):
     def forward(ctx, product, x, W, b, *factors):
         ctx.save_for_backward(x, W, *factors)
         ctx.product = product
-        return F.linear(x, W + product.make(*factors).to(W.dtype), b)
+        return F.linear(x, product.make(*factors).to(W.dtype).add_(W), b)
 
     @staticmethod
     def backward(ctx, g):
         x, W, *factors = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dx = g @ (W + ctx.product.make(*factors).to(W.dtype)) if needs[1] else None
+        dx = g @ ctx.product.make(*factors).to(W.dtype).add_(W) if needs[1] else None
         g, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        grads = ctx.product.pull((g.mT @ flat).to(factors[0].dtype), *factors) if any(needs[4:]) else [None] * len(factors)
+        grads = ctx.product.back(g, flat, *factors) if any(needs[4:]) else [None] * len(factors)
         return None, dx, None, g.sum(0) if needs[3] else None, *grads
 
 

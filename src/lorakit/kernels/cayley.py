@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
-
-from lorakit.kernels.products import Product, made
 
 
 def block_of(numbers: int) -> int:
@@ -57,12 +54,22 @@ def cayley(Q: Tensor) -> Tensor:
     return _Cayley.apply(Q)
 
 
-def _horner(Q: Tensor, terms: int) -> list[Tensor]:
+def _plus(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """A + B C, (…, b, b), in one go where they are one stack of matrices."""
+    return torch.baddbmm(A, B, C) if B.dim() == 3 else A + B @ C
+
+
+def _sums(terms: int) -> int:
+    """How many P_k a series of at least 3 terms has."""
+    return max(terms - 1, 3) - 1
+
+
+def _horner(Q: Tensor, many: int) -> list[Tensor]:
     """P_1 = 2I + Q and P_k = 2I + Q P_(k-1), of which the last makes the series I + Q P."""
-    one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    out = [2 * one + Q]
-    for _ in range(max(terms - 1, 3) - 2):
-        out.append(2 * one + Q @ out[-1])
+    two = 2 * torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    out = [two + Q]
+    for _ in range(many - 1):
+        out.append(_plus(two, Q, out[-1]))
     return out
 
 
@@ -75,27 +82,47 @@ def cayley_series(Q: Tensor, terms: int) -> Tensor:
         one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         if terms < 3:
             return (one + 2 * (terms - 1) * Q).expand_as(Q)
-        return one + Q @ _horner(Q, terms)[-1]
+        return _plus(one, Q, _horner(Q, _sums(terms))[-1])
 
 
-def _series_pull(terms: int, g: Tensor, v: Tensor) -> tuple[Tensor]:
-    """The gradient of v through `cayley_series(skew(v), terms)`, whose powers are made again."""
-    Q = skew(v)
-    if terms < 3:
-        gQ = 2 * (terms - 1) * g
-    else:
-        gQ, *before = 0, *_horner(Q, terms)
-        for P in reversed(before):
-            gQ, g = gQ + g @ P.mT, Q.mT @ g
-        gQ = gQ + g
-    row, col = torch.triu_indices(Q.shape[-1], Q.shape[-1], 1, device=v.device)
-    return ((gQ - gQ.mT)[..., row, col],)
+class _Series(torch.autograd.Function):
+    """Keeps v, and what costs more to make again than to read: Q and the sums P_3, P_4, …, small matrices beside the activations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v, terms):
+        Q = skew(v)
+        P = _horner(Q, _sums(terms))
+        return _plus(torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device), Q, P[-1]), Q, *P[2:]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        v, ctx.terms = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(v, *output[1:])
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        v, Q, *later = ctx.saved_tensors
+        with torch.autocast(v.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                Q = skew(v)
+                P = _horner(Q, _sums(ctx.terms))
+            else:
+                P = [*_horner(Q, 2), *later]
+            gQ, g = g @ P[-1].mT, Q.mT @ g
+            for one in reversed(P[:-1]):
+                gQ, g = _plus(gQ, g, one.mT), Q.mT @ g
+            gQ = gQ + g
+            row, col = torch.triu_indices(Q.shape[-1], Q.shape[-1], 1, device=v.device)
+            return (gQ - gQ.mT)[..., row, col], None
 
 
 def series_of(v: Tensor, terms: int) -> Tensor:
-    """`cayley_series(skew(v), terms)`, of which nothing is kept but v."""
+    """`cayley_series(skew(v), terms)` of a v that trains."""
     with torch.autocast(v.device.type, enabled=False):
-        return made(Product(lambda v: cayley_series(skew(v), terms), partial(_series_pull, terms)), v)
+        return cayley_series(skew(v), terms) if terms < 3 or torch.compiler.is_compiling() else _Series.apply(v, terms)[0]
 
 
 def turn_slow(x: Tensor, R: Tensor) -> Tensor:
@@ -108,14 +135,18 @@ def _blocks(x: Tensor, b: int) -> Tensor:
     return x.reshape(-1, x.shape[-1] // b, b).transpose(0, 1)
 
 
+def _turned(x: Tensor, R: Tensor) -> Tensor:
+    return (_blocks(x, R.shape[-1]) @ R.to(x.dtype)).transpose(0, 1).reshape(x.shape)
+
+
 class _Turn(torch.autograd.Function):
-    """Keeps x and R; the blocks of x are laid side by side only while R's gradient is made, where that is faster than to read them with gaps."""
+    """Keeps x and R, and reads blocks with gaps between their rows: one batched product each, which costs less than laying them side by side."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, R):
-        return turn_slow(x, R)
+        return _turned(x, R)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -126,9 +157,9 @@ class _Turn(torch.autograd.Function):
         x, R = ctx.saved_tensors
         b, gR = R.shape[-1], None
         if ctx.needs_input_grad[1]:
-            gR = _blocks(x, b).to(g.dtype).contiguous().mT @ _blocks(g, b).contiguous()
+            gR = _blocks(x, b).to(g.dtype).mT @ _blocks(g, b)
             gR = (gR.sum(0, keepdim=True) if len(R) == 1 else gR).to(R.dtype)
-        return turn_slow(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None, gR
+        return _turned(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None, gR
 
 
 def turn(x: Tensor, R: Tensor) -> Tensor:

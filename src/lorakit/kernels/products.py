@@ -21,6 +21,11 @@ from lorakit.kernels.dropout import steady
 class Product(NamedTuple):
     make: Callable[..., Tensor]  # factors -> M
     pull: Callable[..., tuple[Tensor, ...]]  # gradient of M, factors -> their gradients
+    thin: Callable[..., tuple[Tensor, ...]] | None = None  # g (t, o), x (t, i), factors -> pull(gᵀ x, factors) by a way that does not form gᵀ x
+
+    def back(self, g: Tensor, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        """The factors' gradients where g (t, o) comes back from x (t, i) Mᵀ."""
+        return self.thin(g, x, *factors) if self.thin else self.pull((g.mT @ x).to(factors[0].dtype), *factors)
 
 
 def _hadamard(a: Tensor, c: Tensor, b: Tensor, d: Tensor) -> Tensor:
@@ -90,8 +95,8 @@ class _Through(torch.autograd.Function):
         gx = ctx.mask(g @ ctx.product.make(*factors).to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[2] else None
         if not any(ctx.needs_input_grad[3:]):
             return None, None, gx, *(None for _ in factors)
-        gM = g.reshape(-1, g.shape[-1]).mT @ ctx.mask(x).to(g.dtype).reshape(-1, x.shape[-1])
-        return None, None, gx, *ctx.product.pull(gM.to(factors[0].dtype), *factors)
+        flat = ctx.mask(x).to(g.dtype).reshape(-1, x.shape[-1])
+        return None, None, gx, *ctx.product.back(g.reshape(-1, g.shape[-1]), flat, *factors)
 
 
 def made(product: Product, *factors: Tensor) -> Tensor:

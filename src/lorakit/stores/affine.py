@@ -13,6 +13,7 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.kernels.codes import PLANES, WORDS, look_up, pack, packed_bytes
+from lorakit.kernels.fused import Coded
 from lorakit.stores.scheme import Scheme, checked, scheme
 
 
@@ -95,6 +96,12 @@ class Affine(Scheme):
         if "scale" not in parts or self.group or not self.symmetric or self.bits != 8 or dtype not in (torch.float32, torch.bfloat16):
             return None
         return parts["scale"].view(-1), {"codes": parts["codes"]}
+
+    def coded(self, parts, shape):
+        if "scale" not in parts:  # by_rows
+            return None
+        shift = float(1 << self.bits - 1) if self.symmetric else parts["zero"].view(-1)
+        return Coded(parts["codes"], self.bits, None, parts["scale"].view(-1), shift, self.width(shape[1]))
 
     def direct(self, parts, dtype):
         return "scale" not in parts

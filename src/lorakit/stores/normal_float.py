@@ -19,6 +19,7 @@ from torch import Tensor
 from lorakit.errors import LorakitError
 from lorakit.kernels import decode
 from lorakit.kernels.codes import look_up, pack, packed_bytes
+from lorakit.kernels.fused import Coded
 from lorakit.stores.scheme import Parts, Scheme, checked, scheme
 
 NESTED = 256  # constants in a block of the second quantisation
@@ -141,6 +142,9 @@ class NormalFloat(Scheme):
     def numbers(self, parts, start, stop, shape, dtype):
         c = self.constants(parts, start // self.block, -(-stop // self.block))
         return decode.blocks(parts["codes"], CODES[self.bits], self.bits, c, self.block, start, stop, dtype)
+
+    def coded(self, parts, shape):
+        return Coded(parts["codes"], self.bits, CODES[self.bits], self.constants(parts, 0, len(parts["absmax"])), 0.0, self.block)
 
     def opened(self, parts):
         return {"codes": parts["codes"], "absmax": self.constants(parts, 0, len(parts["absmax"]))}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lorakit.kernels import fused
 from lorakit.stores.scheme import Parts, Scheme
 
 
@@ -43,6 +44,8 @@ def _pieces(scheme: Scheme, shape: tuple[int, int], parts: Parts, dtype: torch.d
 
 def times(x: Tensor, bias: Tensor | None, scheme: Scheme, shape: tuple[int, int], parts: Parts) -> Tensor:
     """x Mᵀ + b, (…, m) -> (…, n)."""
+    if fused.wanted(x) and (y := fused.product(x, bias, scheme.coded(parts, shape), shape)) is not None:
+        return y
     if (split := scheme.by_rows(parts, x.dtype)) is not None:
         scale, parts = split
         y = times(x, None, scheme, shape, parts).float().mul_(scale)
@@ -57,6 +60,8 @@ def times(x: Tensor, bias: Tensor | None, scheme: Scheme, shape: tuple[int, int]
 
 def back(g: Tensor, scheme: Scheme, shape: tuple[int, int], parts: Parts) -> Tensor:
     """g M, (…, n) -> (…, m)."""
+    if fused.wanted(g) and (gx := fused.product(g, None, scheme.coded(parts, shape), shape, back=True)) is not None:
+        return gx
     if (split := scheme.by_rows(parts, g.dtype)) is not None:
         scale, parts = split
         return back((g.float() * scale).to(g.dtype), scheme, shape, parts)

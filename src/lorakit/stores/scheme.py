@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lorakit.errors import LorakitError, near
+from lorakit.kernels.fused import Coded
 
 Parts = dict[str, Tensor]
 CHUNK = 1 << 20  # numbers made at a time on a CPU: 4 MiB of float32
@@ -74,6 +75,10 @@ class Scheme(ABC):
 
     def by_rows(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Parts] | None:
         """M = s ∘ M' with a number s for every row, (n,), and the parts of M', which is exact in this dtype and quicker to make; None: no such."""
+        return None
+
+    def coded(self, parts: Parts, shape: tuple[int, int]) -> Coded | None:
+        """What `numbers` makes its numbers of, for a kernel that makes them itself; None: nothing so simple."""
         return None
 
     def matrix(self, parts: Parts, n: int, m: int, dtype: torch.dtype) -> Tensor:
