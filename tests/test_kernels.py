@@ -111,6 +111,10 @@ def test_what_the_sum_does_not_take():
     assert takes(x, W) and not takes(x, None) and not takes(x.half(), W.half()) and not takes(x.bfloat16(), W) and not takes(x, nn.Parameter(W))
     with torch.autocast("cpu", torch.bfloat16):
         assert not takes(x, W)
+    assert thin((B, A), x, None) is None, "a frozen A needs nothing of x"
+    with torch.no_grad():
+        assert thin((B, A), x, None) == Thin(B, A)
+    A.requires_grad_()
     assert thin((B, 0.5, e, 3.0, A), x, None) == Thin(B, A, e, 1.5)
     assert thin((B, 2.0, A), x, Dropout(0.1)).p == 0.1
     for factors in ((torch.randn(4), B, e, A), (B, torch.randn(2, 2), A), (B, e, e, A), (A,)):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import lorakit
 from benchmarks import price
 from lorakit.kernels.cayley import cayley, cayley_slow, skew
 from lorakit.kernels.dropout import Dropout, _Dropped, dropped_slow, without, zeros
@@ -27,6 +28,15 @@ def test_dropout_saves_nothing_of_the_width():
     """What dropout adds to LoRA's saved bytes is less than one bool mask of one layer's input would take."""
     plain, dropped = (price.saved(price.both(n, SHAPE)[0].train(), SHAPE) for n in (PLAIN, DROPPED))
     assert dropped - plain < SHAPE["rows"] * SHAPE["tokens"] * SHAPE["hidden_size"]
+
+
+@pytest.mark.parametrize("method", ["lora-fa", "asymmetric-lora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_a_frozen_a_saves_only_what_the_thin_product_is_wide(method, dropout):
+    """r numbers for each token and layer over the floor, and nothing of the inputs."""
+    floor, ours = (price.base(SHAPE), lorakit.adapt(price.base(SHAPE), method, r=4, lora_dropout=dropout).train())
+    layers = 7 * SHAPE["num_hidden_layers"]
+    assert price.saved(ours, SHAPE) - price.saved(floor, SHAPE) == layers * SHAPE["rows"] * SHAPE["tokens"] * 4 * 4
 
 
 def inputs(dtype=torch.float64):

@@ -35,8 +35,13 @@ class Thin:
 
 
 def thin(factors: tuple[Tensor | float, ...], x: Tensor, drop) -> Thin | None:
-    """Factors of `LowRank.live` as one, to act on x; None where they are more than B, one diagonal, numbers and A, or the dropout is of no kind known here."""
+    """Factors of `LowRank.live` as one, to act on x; None where they are more than B, one diagonal, numbers and A, or the dropout is of no kind known here.
+
+    None too where A is frozen while others train: step by step nothing of x need be kept then.
+    """
     *rest, A = factors
+    if torch.is_grad_enabled() and not A.requires_grad:
+        return None
     B, *diagonals = [M for M in rest if isinstance(M, Tensor)] or [None]
     if B is None or [B.dim(), A.dim()] != [2, 2] or len(diagonals) > 1 or any(M.dim() != 1 for M in diagonals):
         return None

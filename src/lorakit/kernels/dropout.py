@@ -50,8 +50,8 @@ def dropped_slow(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
 class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, p, seed):
-        ctx.save_for_backward(x, A)
-        ctx.drawn = p, seed
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A)
+        ctx.drawn, ctx.came_as = (p, seed), (x.shape, x.dtype)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return F.linear(without(x, zeros(x.numel(), p, seed, x.device)), A * strength(p)).to(dtype)
@@ -59,9 +59,9 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, A = ctx.saved_tensors
-        p, seed = ctx.drawn
-        at, scale = zeros(x.numel(), p, seed, x.device), strength(p)
-        gx = without((g @ (A * scale).to(g.dtype)).to(x.dtype), at) if ctx.needs_input_grad[0] else None
+        (p, seed), (shape, dtype) = ctx.drawn, ctx.came_as
+        at, scale = zeros(shape.numel(), p, seed, g.device), strength(p)
+        gx = without((g @ (A * scale).to(g.dtype)).to(dtype), at) if ctx.needs_input_grad[0] else None
         gA = (g.flatten(0, -2).mT @ (without(x, at).to(g.dtype) * scale).flatten(0, -2)).to(A.dtype) if ctx.needs_input_grad[1] else None
         return gx, gA, None, None
 

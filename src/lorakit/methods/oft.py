@@ -74,7 +74,7 @@ class OFT(Rotation):
     block_size: int = 0  # size of a block; 0: 32, or what r says
     r: int = 0  # number of blocks, instead of their size
     block_share: bool = False  # one rotation for all blocks of a layer
-    eps: float = 0.0  # COFT: how far the rotation may go, 6e-5 in the paper; 0: as far as it likes
+    eps: float = 0.0  # COFT: how far the rotation may go; 6e-5, PEFT's default, hardly moves a model; 0: as far as it likes
     series: int = 0  # terms of PEFT's series (its default is 5) instead of the exact inverse; 0: exact
     side: str = choice("in", SIDES)  # what is turned: the layer's inputs or its outputs
 
