@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from lorakit.errors import LorakitError
 from lorakit.planning import GOALS, advise, memory, seconds
 from lorakit.planning.duration import extrapolated, shallow
 from lorakit.planning.guide import rank_for
-from lorakit.planning.memory import Live, step
+from lorakit.planning.memory import Live, counting_saved, step
+from lorakit.stores.saved import lean
 
 SMALL = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 CONFIGS = {
@@ -126,6 +128,24 @@ def test_the_command_line_says_what_fits(folders, call):
                         (["--optimizer", "adma"], "did you mean `adamw`"), (["--batch", "0"], "at least 1")):
         code, _, wrong = run(*words)
         assert code == 1 and says in " ".join(wrong.split()), (words, wrong)
+
+
+@pytest.mark.parametrize("looking", [counting_saved, lambda m: lean()], ids=["counting", "lean"])
+def test_a_step_that_was_looked_at_is_freed(looking):
+    """Also without a backward pass: a node that keeps its own result (tanh) is not held by it."""
+    model, made = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()), []
+    model[1].register_forward_hook(lambda m, args, y: made.append(weakref.ref(y)))
+    with looking(model):
+        y = model(torch.ones(2, 3)).sum()
+    assert made[0]() is None, "the result is the graph's alone"
+    del y
+    with looking(model):
+        y = model(torch.ones(2, 3))
+    y.sum().backward()
+    assert model[0].weight.grad.any()
+    del y
+    gc.collect()
+    assert made[1]() is None
 
 
 def test_time_is_that_of_one_layer_and_so_many_more(tmp_path):

@@ -177,6 +177,28 @@ def test_bytes_are_what_the_parts_take(scheme, shape):
     assert {k: (tuple(p.shape), p.dtype) for k, p in parts.items()} == s.layout(*shape)
 
 
+def test_unsigned_bytes_of_earlier_files_are_the_same_numbers():
+    """Before int8 kept its codes as they are, they were written with 128 added; such a file's configuration does not say `signed`."""
+    W = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    now, before = scheme_of("int8"), scheme_of({"kind": "affine", "bits": 8, "group": 0, "symmetric": True})
+    new, old = now.parts(W), before.parts(W)
+    assert new["codes"].dtype == torch.int8 and old["codes"].dtype == torch.uint8 and torch.equal(new["codes"].int() + 128, old["codes"].int())
+    assert torch.equal(now.matrix(new, 24, 40, torch.float32), before.matrix(old, 24, 40, torch.float32))
+    assert scheme_of(now.to_dict()) == now and scheme_of(before.to_dict()) == before
+    assert not scheme_of({"name": "int8", "symmetric": False, "group": 8}).signed
+
+
+def test_sums_over_pieces_in_16_bits_are_rounded_once(monkeypatch):
+    """gx of many pieces is as near to the exact one as of one piece."""
+    W, g = torch.randn(256, 32, generator=torch.Generator().manual_seed(0)), torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    s = scheme_of("int8")
+    parts = s.parts(W)
+    exact = g.double() @ s.matrix(parts, 256, 32, torch.float32).double()
+    whole = float((back(g, s, (256, 32), parts).double() - exact).norm())
+    monkeypatch.setattr(schemes, "CHUNK", 32 * 4)
+    assert float((back(g, s, (256, 32), parts).double() - exact).norm()) < 1.5 * whole
+
+
 def test_bits_per_weight():
     n = m = 4096
     for scheme, bits in (("nf4", 4 + 8 / 64 + 32 / (256 * 64)), ({"name": "nf4", "double_quant": False}, 4.5), ("nf2", 2 + 8 / 64 + 32 / (256 * 64)),

@@ -91,7 +91,7 @@ def counting_saved(model: nn.Module) -> Iterator[dict[int, int]]:
         if storage._cdata not in own and storage._cdata not in found:
             found[storage._cdata] = storage.nbytes()
             kept.append(storage)
-        return t
+        return t.detach()  # what a node has made would hold the node, and nothing of the step would ever be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield found

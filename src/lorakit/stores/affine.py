@@ -4,7 +4,7 @@
 
 σ = (max - min) / (2^b - 1), z = -min/σ with the group's range widened to hold 0; symmetric: σ = max|w| / (2^(b-1) - 1), z = 2^(b-1) for all.
 Zero points are floating point, so that what is constant over a group can be added to them exactly (QA-LoRA, 2309.14717).
-Bits per weight: b + 64/g, symmetric b + 32/g.
+Bits per weight: b + 64/g, symmetric b + 32/g. `signed` keeps q - 2^(b-1) of 8 bits as it is, which is one conversion away from the number.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from lorakit.kernels.codes import PLANES, WORDS, look_up, pack, packed_bytes
 from lorakit.kernels.fused import Coded
 from lorakit.stores.scheme import Scheme, checked, scheme
 
+SIGNED = tuple(float(v) for v in (*range(128), *range(-128, 0)))  # what the bytes of two's complement stand for
 
-@scheme("affine", int8={"bits": 8, "group": 0, "symmetric": True}, int7={"bits": 7}, int6={"bits": 6}, int5={"bits": 5},
+
+@scheme("affine", int8={"bits": 8, "group": 0, "symmetric": True, "signed": True}, int7={"bits": 7}, int6={"bits": 6}, int5={"bits": 5},
         int4={"bits": 4}, int3={"bits": 3, "group": 32}, int2={"bits": 2, "group": 16})
 class Affine(Scheme):
     """b-bit whole numbers by groups of a row; group 0: the whole row."""
@@ -25,6 +27,7 @@ class Affine(Scheme):
     bits: int = 4
     group: int = 64
     symmetric: bool = False
+    signed: bool = False  # only 8 symmetric bits are
 
     title = "whole numbers by groups"
     formula = "w ≈ σ (q - z) for every group of a row"
@@ -34,6 +37,7 @@ class Affine(Scheme):
             raise LorakitError(f"whole numbers: bits must be one of {', '.join(map(str, WORDS))}, not {self.bits!r}")
         if not isinstance(self.group, int) or self.group < 0 or self.group % 8:
             raise LorakitError(f"whole numbers: group must be a multiple of 8, or 0 for a whole row, not {self.group!r}")
+        object.__setattr__(self, "signed", self.signed and self.bits == 8 and self.symmetric)
 
     @property
     def name(self):
@@ -55,7 +59,7 @@ class Affine(Scheme):
 
     def layout(self, n, m):
         k = m // self.width(m)
-        out = {"codes": ((packed_bytes(n * m, self.bits),), torch.uint8), "scale": ((n, k), torch.float32)}
+        out = {"codes": ((packed_bytes(n * m, self.bits),), torch.int8 if self.signed else torch.uint8), "scale": ((n, k), torch.float32)}
         return out if self.symmetric else out | {"zero": ((n, k), torch.float32)}
 
     def parts(self, M):
@@ -66,8 +70,8 @@ class Affine(Scheme):
         if self.symmetric:
             half = 1 << self.bits - 1
             scale = _above_zero(groups.abs().amax(2) / (half - 1))
-            q = (groups / scale[..., None]).round().clamp(1 - half, half - 1) + half
-            return {"codes": pack(q.to(torch.uint8).view(-1), self.bits), "scale": scale}
+            q = (groups / scale[..., None]).round().clamp(1 - half, half - 1).view(-1)
+            return {"codes": q.to(torch.int8) if self.signed else pack((q + half).to(torch.uint8), self.bits), "scale": scale}
         low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
         scale = _above_zero((high - low) / top)
         zero = -low / scale
@@ -75,11 +79,12 @@ class Affine(Scheme):
         return {"codes": pack(q.to(torch.uint8).view(-1), self.bits), "scale": scale, "zero": zero}
 
     def numbers(self, parts, start, stop, shape, dtype):
-        shift = 1 << self.bits - 1 if self.symmetric else 0
+        shift = 1 << self.bits - 1 if self.symmetric and not self.signed else 0
         if "scale" not in parts:  # by_rows
-            return parts["codes"][start:stop].sub(shift).view(torch.int8).to(dtype)
+            return parts["codes"][start:stop].to(dtype)
         if self.bits == 8:  # a code is a byte, so converting it is faster than looking it up
-            flat = parts["codes"][start:stop].float().sub_(shift)
+            flat = parts["codes"][start:stop].float()
+            flat = flat.sub_(shift) if shift else flat
         else:
             flat = look_up(parts["codes"], tuple(float(v - shift) for v in range(1 << self.bits)), self.bits, start, stop, torch.float32)
         g = self.width(shape[1])
@@ -93,13 +98,15 @@ class Affine(Scheme):
         return flat.mul_(scale[span, None]).view(-1).to(dtype)
 
     def by_rows(self, parts, dtype):
-        if "scale" not in parts or self.group or not self.symmetric or self.bits != 8 or dtype not in (torch.float32, torch.bfloat16):
+        if "scale" not in parts or self.group or not self.signed or dtype not in (torch.float32, torch.bfloat16):
             return None
         return parts["scale"].view(-1), {"codes": parts["codes"]}
 
     def coded(self, parts, shape):
         if "scale" not in parts:  # by_rows
             return None
+        if self.signed:
+            return Coded(parts["codes"].view(torch.uint8), 8, SIGNED, parts["scale"].view(-1), 0.0, self.width(shape[1]))
         shift = float(1 << self.bits - 1) if self.symmetric else parts["zero"].view(-1)
         return Coded(parts["codes"], self.bits, None, parts["scale"].view(-1), shift, self.width(shape[1]))
 

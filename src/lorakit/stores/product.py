@@ -31,10 +31,10 @@ class Product(torch.autograd.Function):
         return gx, gb, *[None] * 7
 
 
-def _pieces(scheme: Scheme, shape: tuple[int, int], parts: Parts, dtype: torch.dtype) -> list[tuple[int, int]] | None:
-    """(first row, last row + 1) of pieces that are whole rows and whole blocks; None where there are no such."""
+def _pieces(scheme: Scheme, shape: tuple[int, int], parts: Parts, x: Tensor) -> list[tuple[int, int]] | None:
+    """(first row, last row + 1) of pieces that are whole rows and whole blocks, for a product with x; None where there are no such."""
     n, m = shape
-    rows = scheme.chunk(m, parts, dtype) // m
+    rows = scheme.chunk(m, parts, x.dtype, x.numel() // x.shape[-1]) // m
     if rows >= n:
         return [(0, n)]
     while rows and rows * m % scheme.step:
@@ -48,14 +48,24 @@ def times(x: Tensor, bias: Tensor | None, scheme: Scheme, shape: tuple[int, int]
         return y
     if (split := scheme.by_rows(parts, x.dtype)) is not None:
         scale, parts = split
-        y = times(x, None, scheme, shape, parts).float().mul_(scale)
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
-    pieces = _pieces(scheme, shape, parts, x.dtype)
+        y = times(x, None, scheme, shape, parts)
+        return y.mul_(scale) if bias is None else y.float().mul_(scale).add_(bias).to(x.dtype)
+    pieces = _pieces(scheme, shape, parts, x)
     if pieces is None:
         return linear(x, scheme.matrix(parts, *shape, x.dtype), bias)
     m, parts = shape[1], scheme.opened(parts)
-    some = [linear(x, scheme.numbers(parts, a * m, b * m, shape, x.dtype).view(-1, m), None if bias is None else bias[a:b]) for a, b in pieces]
-    return torch.cat(some, -1) if len(some) > 1 else some[0]
+
+    def piece(a: int, b: int) -> tuple[Tensor, Tensor | None]:
+        return scheme.numbers(parts, a * m, b * m, shape, x.dtype).view(-1, m), None if bias is None else bias[a:b]
+
+    if len(pieces) == 1 or torch.compiler.is_compiling():
+        return torch.cat([linear(x, *piece(a, b)) for a, b in pieces], -1) if len(pieces) > 1 else linear(x, *piece(*pieces[0]))
+    flat = x.reshape(-1, m)
+    y = flat.new_empty(len(flat), shape[0])
+    for a, b in pieces:
+        M, c = piece(a, b)
+        torch.mm(flat, M.mT, out=y[:, a:b]) if c is None else torch.addmm(c, flat, M.mT, out=y[:, a:b])
+    return y.view(*x.shape[:-1], -1)
 
 
 def back(g: Tensor, scheme: Scheme, shape: tuple[int, int], parts: Parts) -> Tensor:
@@ -65,7 +75,7 @@ def back(g: Tensor, scheme: Scheme, shape: tuple[int, int], parts: Parts) -> Ten
     if (split := scheme.by_rows(parts, g.dtype)) is not None:
         scale, parts = split
         return back((g.float() * scale).to(g.dtype), scheme, shape, parts)
-    pieces = _pieces(scheme, shape, parts, g.dtype)
+    pieces = _pieces(scheme, shape, parts, g)
     if pieces is None:
         return g @ scheme.matrix(parts, *shape, g.dtype)
     m, parts = shape[1], scheme.opened(parts)
@@ -73,5 +83,10 @@ def back(g: Tensor, scheme: Scheme, shape: tuple[int, int], parts: Parts) -> Ten
     gx = None
     for a, b in pieces:
         M = scheme.numbers(parts, a * m, b * m, shape, g.dtype).view(-1, m)
-        gx = flat[:, a:b] @ M if gx is None else gx.addmm_(flat[:, a:b], M)
-    return gx.view(*g.shape[:-1], m)
+        if gx is None:
+            gx = flat[:, a:b] @ M
+        elif g.dtype.itemsize == 2:  # summed in float32, as within one product
+            gx = gx.float().add_(flat[:, a:b] @ M)
+        else:
+            gx = gx.addmm_(flat[:, a:b], M)
+    return gx.to(g.dtype).view(*g.shape[:-1], m)

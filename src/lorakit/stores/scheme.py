@@ -20,6 +20,7 @@ from lorakit.kernels.fused import Coded
 
 Parts = dict[str, Tensor]
 CHUNK = 1 << 20  # numbers made at a time on a CPU: 4 MiB of float32
+FEW = 64  # tokens up to which making the numbers costs more than the product
 SCHEMES: dict[str, Callable[..., Scheme]] = {}
 KINDS: dict[str, type[Scheme]] = {}
 
@@ -102,15 +103,15 @@ class Scheme(ABC):
         """The rows `at` of the matrix, or None where they are no whole bytes and blocks."""
         return None
 
-    def chunk(self, m: int, parts: Parts, dtype: torch.dtype) -> int:
+    def chunk(self, m: int, parts: Parts, dtype: torch.dtype, tokens: int = 0) -> int:
         """How many numbers to make at a time: whole rows where they are whole blocks, else whole blocks; on a GPU all of them.
 
-        Eight times as many in 16 bits, where a product costs more to begin, unless larger numbers are made on the way.
+        In 16 bits, where a product costs more to begin, twice as many, and eight times for many tokens, unless larger numbers are made on the way.
         """
         if next(iter(parts.values())).device.type != "cpu":
             return 1 << 62
         unit = m if m % self.step == 0 else self.step
-        some = CHUNK * (8 if dtype.itemsize == 2 and self.direct(parts, dtype) else 1)
+        some = CHUNK * ((2 if tokens <= FEW else 8) if dtype.itemsize == 2 and self.direct(parts, dtype) else 1)
         return max(1, some // unit) * unit
 
     def direct(self, parts: Parts, dtype: torch.dtype) -> bool:
