@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -255,14 +256,18 @@ class Slot:
     def _factors(self, at: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The stacked factors; without gradients they are kept until a leaf changes."""
         key, known = (self.path, at.kinds, dtype), self._plans()
-        kept = None if torch.is_grad_enabled() else known.get(key)
-        if kept and all(d.get(n) is t and t._version == v for d, n, t, v in kept[0]):
-            return kept[1]
+        if not torch.is_grad_enabled() and key in known:
+            places, leaves, versions, made = known[key]
+            now = [d.get(n) for d, n in places]
+            if all(map(is_, now, leaves)) and [t._version for t in now] == versions:
+                return made
         names = [self.state.rows[0][k] for k in at.kinds]
         made = stacked([self.methods[n].scaled(self.params(n)) for n in names], dtype)
         if not torch.is_grad_enabled():
-            leaves = [(h._parameters, n) for n in names for h in self.holders(n).values()]
-            known[key] = [(d, n, d[n], d[n]._version) for d, n in leaves], made
+            made = made[0].mT.contiguous().mT, made[1]  # of which one token's product reads whole rows
+            places = [(h._parameters, n) for n in names for h in self.holders(n).values()]
+            leaves = [d[n] for d, n in places]
+            known[key] = places, leaves, [t._version for t in leaves], made
         return made
 
     def around(self, own: Callable[..., Any], call: Call) -> Any:
