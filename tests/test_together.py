@@ -151,11 +151,20 @@ def test_bad_input_says_what_and_changes_nothing():
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "p-tuning", "prefix-tuning"])
-def test_learnt_tokens_in_front_are_refused_and_prefixes_train_as_alone(method):
-    model, data = lorakit.adapt(tiny.llama(), method, num_virtual_tokens=3, name="p"), batches(3)
-    alone = float(copy.deepcopy(model).train()(**data[0]).loss)
+def test_learnt_tokens_train_as_alone_or_are_refused(method):
+    """What the last of them predicts counts in a run of its own: the text's first token, where that has a label."""
+    model, quiet = lorakit.adapt(tiny.llama(), method, num_virtual_tokens=3, name="p"), batches(3)
+    data = [{**b, "labels": b["input_ids"]} for b in quiet]
+    alone = [float(copy.deepcopy(model).train()(**b).loss) for b in (data[0], quiet[0])]
+    assert together(copy.deepcopy(model), {"p": quiet}, steps=1)["p"][0] == pytest.approx(alone[1], rel=1e-5)
     if method == "prefix-tuning":
-        assert together(model, {"p": data}, steps=1)["p"][0] == pytest.approx(alone, rel=1e-5)
+        assert together(model, {"p": data}, steps=1)["p"][0] == pytest.approx(alone[0], rel=1e-5)
     else:
-        with pytest.raises(LorakitError, match="the loss of `p` .* is that of a longer sequence"):
+        with pytest.raises(LorakitError, match="learnt token of `p` would predict a text's first one"):
             together(model, {"p": data}, steps=1)
+
+
+def test_a_loss_of_its_own_is_refused():
+    model = lorakit.adapt(tiny.llama(), "cpt", token_ids=[5, 6, 7, 8], types=[1, 2, 3, 4], name="c")
+    with pytest.raises(LorakitError, match=r"`c` has a loss of its own \(cpt\)"):
+        together(model, {"c": batches(3)}, steps=1)

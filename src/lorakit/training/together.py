@@ -29,7 +29,7 @@ def together(model: nn.Module, batches: Mapping[str, Batches], *, steps: int, le
 
     batches: input_ids, labels (-100: no loss) and, where rows are padded, attention_mask; begun again when they end. schedule: linear (to zero) or
     constant. max_grad_norm 0: no clipping. LorakitError for an unknown adapter or rate, no rows, adapters that share
-    tensors, and learnt tokens in front of the text, whose loss is that of a longer sequence.
+    tensors, a method with a loss of its own, and a text's first label behind learnt tokens, which predict it where such an adapter is trained alone.
     """
     state = host.known(model, batches)
     rates = learning_rate if isinstance(learning_rate, Mapping) else dict.fromkeys(batches, learning_rate)
@@ -42,10 +42,11 @@ def together(model: nn.Module, batches: Mapping[str, Batches], *, steps: int, le
     for name, params in own.items():
         if other := next((n for n, p in own.items() if n != name and {id(t) for t in p} & {id(t) for t in params}), None):
             raise LorakitError(f"together: `{name}` and `{other}` share tensors, so they cannot be trained apart; mend: two runs")
-    for name in batches:
-        for slot in host.slots(model, name).values():
-            if isinstance(m := slot.methods[name], Prompted) and m.in_front:
-                raise LorakitError(f"together: the loss of `{name}` ({m.name}) is that of a longer sequence, which is not taken here; mend: a run of its own")
+    prompts = {n: [m for slot in host.slots(model, n).values() if isinstance(m := slot.methods[n], Prompted)] for n in batches}
+    for name, methods in prompts.items():
+        if other := next((m for m in methods if type(m).told is not Prompted.told), None):
+            raise LorakitError(f"together: `{name}` has a loss of its own ({other.name}), which is not taken here; mend: a run of its own")
+    front = [n for n, methods in prompts.items() if any(m.in_front for m in methods)]
     feeds = {name: _again(name, rows) for name, rows in batches.items()}
     losses: dict[str, list[float]] = {name: [] for name in batches}
     keep, was, optimizer = state.active, model.training, None
@@ -53,6 +54,7 @@ def together(model: nn.Module, batches: Mapping[str, Batches], *, steps: int, le
     try:
         for step in range(steps):
             joined, names = _joined({n: next(f) for n, f in feeds.items()}, pad)
+            _refuse(joined["labels"], names, front)
             with api.rows(model, names):  # also while checkpoints are computed again
                 each = _losses(model, joined, names, list(batches))
                 each.sum().backward()
@@ -120,6 +122,13 @@ def _joined(batches: Mapping[str, Mapping[str, Tensor]], pad: int) -> tuple[dict
     masks = [b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches.values()]
     mask = torch.cat([wide(m, 0) for m in masks])
     return out if bool(mask.all()) else out | {"attention_mask": mask}, [n for n, b in batches.items() for _ in range(len(b["input_ids"]))]
+
+
+def _refuse(labels: Tensor, names: list[str], front: list[str]) -> None:
+    for name, label in zip(names, labels[:, 0].tolist(), strict=True):
+        if name in front and label != -100:
+            raise LorakitError(f"together: the last learnt token of `{name}` would predict a text's first one, which counts in a run of its own and not here; "
+                               "mend: label -100 for the first token of each row, or a run of its own")
 
 
 def _losses(model: nn.Module, batch: Mapping[str, Tensor], names: list[str], order: list[str]) -> Tensor:
