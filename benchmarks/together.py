@@ -106,15 +106,14 @@ def main() -> None:
     args.add_argument("--steps", type=int, default=5)
     args.add_argument("--rounds", type=int, default=15)
     given = args.parse_args()
-    lines = []
+    torch.set_num_threads(1)
+    mixed, lines = decoding(given.rounds), []  # first, in memory that no training has cut up
     for threads in sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(threads)
         for k, rows, length in ((16, 1, 16), (16, 1, 64), (16, 2, 128), (4, 1, 64)):
             a, b, ratio, gap = training(k, rows, length, given.steps)
             lines.append(f"| {k} | {rows} x {length} | {threads} | {a:.2f} | {b:.2f} | {ratio:.2f} | {gap:.1e} |")
             print(lines[-1], flush=True)
-    torch.set_num_threads(1)
-    mixed = decoding(given.rounds)
     text = ("<!-- made by python -m benchmarks.together -->\n\n# Many adapters at once\n\n"
             f"{platform.machine()}, torch {torch.__version__}, {datetime.date.today()}.\n\n## Trained at once\n\nLoRA, rank 8, all linear layers "
             f"of the embedded model (4.5M parameters), {given.steps} steps, medians of three; aim: 3 times as fast at 16.\n\n"
